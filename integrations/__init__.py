@@ -1,0 +1,1 @@
+"""Plugs into existing training engines; no algorithm lives here."""

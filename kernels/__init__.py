@@ -1,0 +1,8 @@
+"""What one device computes: the definition of each recurrence, its fast forms, and the algebra of their summaries."""
+
+from lasp.kernels.chunked import ChunkedDecay
+from lasp.kernels.recurrence import Recurrence, Tokens
+from lasp.kernels.segments import Segments
+from lasp.kernels.summary import Chain, Summary
+
+__all__ = ["Chain", "ChunkedDecay", "Recurrence", "Segments", "Summary", "Tokens"]

@@ -1,0 +1,184 @@
+"""Recurrences with an elementwise transition, chunk by chunk in PyTorch: the form for CPUs.
+
+One class serves three families, told apart by the log-decay's shape alone: none (identity), a number a head (scalar), K
+numbers a head (diagonal). Within a chunk of C tokens, with ``G_i`` the running sum of the log-decay,
+
+    o_i = S_inᵀ (q_i ⊙ e^{G_i}) + Σ_{j ≤ i} (Σ_d q_id k_jd e^{G_id − G_jd}) v_j
+
+(GLA, https://arxiv.org/abs/2312.06635, eq. 4; without decay Katharopoulos et al., https://arxiv.org/abs/2006.16236; with a
+number a head Mamba-2's SSD, https://arxiv.org/abs/2405.21060). Every exponent here is a sum over just the tokens between j
+and i: never positive, so nothing overflows, and never the difference of two long sums, so a strong decay costs no digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.recurrence import Recurrence, Tokens
+from lasp.kernels.segments import Segments
+from lasp.kernels.summary import Summary
+
+
+@dataclass(frozen=True)
+class ChunkedDecay(Recurrence):
+    """``S_t = e^{g_t} ⊙ S_{t-1} + k_t v_tᵀ`` with g none, ``[B, T, H]`` or ``[B, T, H, K]``, in PyTorch.
+
+    Each segment is one chunk, and all chunks are computed at once.
+
+    Args:
+        segment_size: the chunk's length C. A decay on every key dimension needs ``C · C · K`` numbers a chunk and a head,
+            so 16 is right there and 64 elsewhere.
+    """
+
+    segment_size: int = 64
+
+    def summary(self, tokens: Tokens, segments: Segments) -> Summary:
+        k, v = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v))
+        decay = _Decay.of(tokens, segments)
+        return Summary(decay.whole, (k * decay.to_end).transpose(-1, -2) @ v)
+
+    def output(self, q: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float) -> Tensor:
+        k, v = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v))
+        q = _chunks(q, tokens, segments) * scale
+        decay = _Decay.of(tokens, segments)
+        o = (q * decay.from_start) @ entry + decay.scores(q, k) @ v
+        return _tokens(o, segments, tokens.v)
+
+    def adjoint_summary(self, q: Tensor, tokens: Tokens, do: Tensor, segments: Segments, scale: float) -> Summary:
+        q, do = _chunks(q, tokens, segments) * scale, _chunks(do, tokens, segments)
+        decay = _Decay.of(tokens, segments)
+        return Summary(decay.whole, (q * decay.from_start).transpose(-1, -2) @ do)
+
+    def query_gradient(
+        self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float
+    ) -> Tensor:
+        k, v, do = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v, do))
+        decay = _Decay.of(tokens, segments)
+        dq = (do @ entry.transpose(-1, -2)) * decay.from_start + decay.weigh_keys(do @ v.transpose(-1, -2), k)
+        return _tokens(dq * scale, segments, q)
+
+    def token_gradients(
+        self,
+        q: Tensor,
+        tokens: Tokens,
+        entry: Tensor,
+        do: Tensor,
+        exit_gradient: Tensor,
+        segments: Segments,
+        scale: float,
+    ) -> Tokens:
+        k, v, do = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v, do))
+        q = _chunks(q, tokens, segments) * scale
+        decay = _Decay.of(tokens, segments)
+
+        dv = decay.scores(q, k).transpose(-1, -2) @ do + (k * decay.to_end) @ exit_gradient
+        dscores = do @ v.transpose(-1, -2)
+        dk_within = decay.weigh_queries(dscores, q)
+        dk_beyond = (v @ exit_gradient.transpose(-1, -2)) * decay.to_end
+        gates = ()
+        if tokens.gates:
+            # A pair (i, j) of tokens, j < i, decays by every gate in (j, i]. Its part of the gradient is added at i and
+            # taken back at j by one sum from the end; i = j decays by nothing and is left out, or it would drown the rest.
+            before = dscores.tril(-1)
+            pairs = q * decay.weigh_keys(before, k) - k * decay.weigh_queries(before, q)
+            from_entry = q * (do @ entry.transpose(-1, -2)) * decay.from_start
+            to_exit = k * dk_beyond
+            through = (entry * exit_gradient).sum(-1) * (
+                decay.whole if decay.whole.dim() == 4 else decay.whole.unsqueeze(-1)
+            )
+            terms = (pairs + from_entry, to_exit, through.unsqueeze(-2))
+            if decay.per_head:
+                terms = tuple(x.sum(-1, keepdim=True) for x in terms)  # type: ignore[assignment]
+            dg = _sum_to_end(terms[0]) + _sum_before(terms[1]) + terms[2]
+            gates = (_tokens(dg.squeeze(-1) if decay.per_head else dg, segments, tokens.gates[0]),)
+        return Tokens(
+            _tokens(dk_within + dk_beyond, segments, tokens.k), _tokens(dv, segments, tokens.v), gates
+        )
+
+
+@dataclass(frozen=True)
+class _Decay:
+    """A chunk's decays, all as factors in [0, 1].
+
+    Attributes:
+        from_start: over tokens 1..i, ``[B, n, H, C, K]`` or with K = 1 when it is one number a head.
+        to_end: over tokens i+1..C, same shape.
+        between: over tokens j+1..i, 0 where j > i: ``[C, C]`` (no decay), ``[B, n, H, C, C]``, or ``[B, n, H, C, C, K]``.
+        whole: over the whole chunk, in the shape of `Summary.A`.
+    """
+
+    from_start: Tensor
+    to_end: Tensor
+    between: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tokens, segments: Segments) -> _Decay:
+        if not tokens.gates:
+            one = torch.ones((), dtype=tokens.state_dtype, device=tokens.k.device)
+            mask = one.expand(segments.size, segments.size).tril()
+            return cls(one, one, mask, one.expand(1, len(segments), 1))
+        (g,) = tokens.gates
+        per_head = g.dim() == 3
+        g = _chunks(g.unsqueeze(-1) if per_head else g, tokens, segments)  # [B, n, H, C, 1 or K]
+        causal = torch.ones(segments.size, segments.size, dtype=torch.bool, device=g.device).tril()
+        # Row i, column j: the gates of tokens j+1..i, summed from j on.
+        after = g.unsqueeze(-2).masked_fill(~causal.tril(-1).unsqueeze(-1), 0)
+        between = after.cumsum(-3).exp().masked_fill(~causal.unsqueeze(-1), 0)
+        total = g.sum(-2)
+        return cls(
+            from_start=g.cumsum(-2).exp(),
+            to_end=_sum_after(g).exp(),
+            between=between.squeeze(-1) if per_head else between,
+            whole=(total.squeeze(-1) if per_head else total).exp(),
+        )
+
+    @property
+    def per_head(self) -> bool:
+        return self.between.dim() < 6
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """``[.., C, C]``: ``Σ_d q_id k_jd between_ijd``."""
+        if self.per_head:
+            return (q @ k.transpose(-1, -2)) * self.between
+        return torch.einsum("...id,...jd,...ijd->...ij", q, k, self.between)
+
+    def weigh_keys(self, weights: Tensor, k: Tensor) -> Tensor:
+        """``Σ_j weights_ij between_ijd k_jd``: the gradient of `scores` for q."""
+        if self.per_head:
+            return (weights * self.between) @ k
+        return torch.einsum("...ij,...jd,...ijd->...id", weights, k, self.between)
+
+    def weigh_queries(self, weights: Tensor, q: Tensor) -> Tensor:
+        """``Σ_i weights_ij between_ijd q_id``: the gradient of `scores` for k."""
+        if self.per_head:
+            return (weights * self.between).transpose(-1, -2) @ q
+        return torch.einsum("...ij,...id,...ijd->...jd", weights, q, self.between)
+
+
+def _chunks(x: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
+    """``[B, T, H, D]`` to ``[B, n, H, C, D]`` in the dtype of the state."""
+    return segments.gather(x).to(tokens.state_dtype).transpose(2, 3)
+
+
+def _tokens(x: Tensor, segments: Segments, like: Tensor) -> Tensor:
+    """``[B, n, H, C, ...]`` to ``[B, T, H, ...]`` in the dtype of `like`."""
+    return segments.scatter(x.transpose(2, 3)).to(like.dtype)
+
+
+def _sum_to_end(x: Tensor) -> Tensor:
+    """Sums over tokens i..C."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
+def _sum_after(x: Tensor) -> Tensor:
+    """Sums over tokens i+1..C; a difference of two sums would round."""
+    return torch.cat([_sum_to_end(x)[..., 1:, :], torch.zeros_like(x[..., :1, :])], dim=-2)
+
+
+def _sum_before(x: Tensor) -> Tensor:
+    """Sums over tokens 1..i-1, likewise."""
+    return torch.cat([torch.zeros_like(x[..., :1, :]), x.cumsum(-2)[..., :-1, :]], dim=-2)

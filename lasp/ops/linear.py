@@ -1,0 +1,276 @@
+"""Linear attention with an identity, scalar or diagonal decay.
+
+All ops take q, k: ``[B, T, H, K]``, v: ``[B, T, H, V]`` and return ``o: [B, T, H, V]`` in v's dtype and the final state in
+float32 (float64 for float64 inputs), or None. States are ``[N, H, K, V]``, N the number of packed documents, or B without
+them. Under ``sp=`` the tensors hold this rank's tokens, and states are the same on every rank; `lasp.SequenceParallel`
+says how their gradients are shared. Arguments that all ops have in common:
+
+    scale: the factor of the queries, ``K ** -0.5`` when None.
+    initial_state: the state before each document, zero when None.
+    output_final_state: whether to return the state after each document.
+    cu_seqlens: boundaries of documents packed into one row, ``0 = c_0 < ... < c_N = T``. Under ``sp`` the layout has them.
+    sp: the ranks that share the sequence.
+    causal: whether a token reads the state up to itself, or the state after its document's last token.
+
+All raise ValueError, on every rank of ``sp``, where a shape, a dtype, `cu_seqlens` or a log-decay above 0 is wrong, or ranks
+disagree. Every op is `start`, which needs no queries and sends the states on their way, and `Pending.finish`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lasp.kernels import ChunkedDecay, Recurrence, Tokens
+from lasp.ops.inputs import CuSeqlens, agree, check_axes, check_log_decay, check_tokens, describe, sequence_of
+from lasp.parallel import PendingLinear, SequenceParallel, start_linear
+from lasp.parallel.unmasked import unmasked_linear
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The first half of an op, made by `start`: the states are travelling."""
+
+    op: str
+    recurrence: Recurrence
+    tokens: Tokens
+    initial_state: Tensor | None
+    sp: SequenceParallel
+    linear: PendingLinear | None
+
+    def finish(
+        self, q: Tensor, scale: float | None = None, output_final_state: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Wait for the states and compute the output of the op; the arguments are the module's common ones."""
+        k = self.tokens.k
+        if q.shape != k.shape or q.dtype != k.dtype:
+            raise ValueError(
+                f"{self.op}: q and k must be alike, given q {_kind(q)} {list(q.shape)} and k {_kind(k)} {list(k.shape)}"
+            )
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        final: Tensor | None
+        if self.linear is not None:
+            o, final = self.linear.finish(q, scale, output_final_state)
+        else:
+            o, final = unmasked_linear(self.recurrence, q, self.tokens, self.initial_state, self.sp, scale)
+        if not output_final_state:
+            return o, None
+        assert final is not None
+        return o, final.flatten(0, 1)
+
+
+def start(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: CuSeqlens = None,
+    sp: SequenceParallel | None = None,
+    causal: bool = True,
+    op: str = "linear_attn",
+) -> Pending:
+    """Summarise the keys and values and send the states on their way, before there are any queries.
+
+    ``pending = start(k, v, g, sp=sp); q = ...; o, final_state = pending.finish(q)`` computes q while the states travel.
+
+    Args:
+        k: ``[B, T, H, K]``.
+        v: ``[B, T, H, V]``.
+        g: the log-decay: None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``.
+        initial_state: see the module.
+        cu_seqlens: see the module.
+        sp: see the module.
+        causal: see the module.
+        op: the name that errors begin with.
+    """
+    seq = sequence_of(k, cu_seqlens, sp)
+
+    def check() -> None:
+        check_axes(op, k, "k", "B T H K")
+        batch, tokens, heads, width = k.shape
+        sizes = {"B": batch, "T": tokens, "H": heads, "K": width}
+        check_axes(op, v, "v", "B T H V", **sizes)
+        sizes |= {"V": v.shape[-1], "N": batch if seq.layout.num_documents == 1 else seq.layout.num_documents}
+        if g is not None:
+            check_axes(op, g, "g", {1: "H", 3: "B T H"}.get(g.dim(), "B T H K"), **sizes)
+        check_axes(op, initial_state, "initial_state", "N H K V", **sizes)
+        if k.dtype != v.dtype or not k.dtype.is_floating_point:
+            raise ValueError(f"{op}: k and v must have one floating-point dtype, given {_kind(k)} and {_kind(v)}")
+        if batch != 1 and seq.layout.num_documents > 1:
+            raise ValueError(f"{op}: packed documents come in one row: expected batch size 1, given {batch}")
+        check_tokens(op, tokens, seq)
+        check_log_decay(op, g)
+
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (k, v, g, initial_state)
+    )
+    kind = "None" if g is None else f"{g.dim()} axes"
+    agree(
+        seq,
+        f"{op}({describe(k=k, v=v, initial_state=initial_state)}, g={kind}, causal={causal}, gradient={needs_grad})",
+        check,
+    )
+
+    states = None if initial_state is None else initial_state.unflatten(0, (k.shape[0], -1))
+    gates: tuple[Tensor, ...] = ()
+    if g is not None:
+        gates = (g.expand(k.shape[:3]) if g.dim() == 1 else g,)
+    tokens = Tokens(k, v, gates)
+    recurrence = _recurrence(tokens)
+    linear = start_linear(recurrence, tokens, states, seq) if causal else None
+    return Pending(op, recurrence, tokens, states, seq, linear)
+
+
+def _recurrence(tokens: Tokens) -> Recurrence:
+    """The form that computes these tokens."""
+    return ChunkedDecay(segment_size=16 if tokens.gates and tokens.gates[0].dim() == 4 else 64)
+
+
+def linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: CuSeqlens = None,
+    sp: SequenceParallel | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Basic linear attention: ``S_t = S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    Katharopoulos et al., https://arxiv.org/abs/2006.16236, eq. 9-10 without the normaliser. Apply feature maps to q and k
+    before. Arguments and results: see the module.
+    """
+    pending = start(k, v, initial_state=initial_state, cu_seqlens=cu_seqlens, sp=sp, causal=causal)
+    return pending.finish(q, scale, output_final_state)
+
+
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: CuSeqlens = None,
+    sp: SequenceParallel | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with one decay a head: ``S_t = exp(g_t) S_{t-1} + k_t v_tᵀ``.
+
+    Mamba-2's scalar decay, https://arxiv.org/abs/2405.21060, section 3. `g`: the log-decay, at most 0: ``[B, T, H]``, or
+    ``[H]`` where it is the same for all tokens. Other arguments and results: see the module.
+    """
+    return _decayed("simple_gla", q, k, v, g, (1, 3), scale, initial_state, output_final_state, cu_seqlens, sp, causal)
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: CuSeqlens = None,
+    sp: SequenceParallel | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention: ``S_t = diag(exp(g_t)) S_{t-1} + k_t v_tᵀ``.
+
+    GLA, https://arxiv.org/abs/2312.06635, eq. 3; HGRN2, https://arxiv.org/abs/2404.07904, with ``k = 1 − exp(g)``. `g`: the
+    log-decay of each key dimension, ``[B, T, H, K]``, at most 0. Other arguments and results: see the module.
+    """
+    return _decayed("gla", q, k, v, g, (4,), scale, initial_state, output_final_state, cu_seqlens, sp, causal)
+
+
+def lightning_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    layer_idx: int = 0,
+    num_layers: int = 1,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: CuSeqlens = None,
+    sp: SequenceParallel | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Lightning attention: a constant decay a head, ``S_t = exp(g_h) S_{t-1} + k_t v_tᵀ``.
+
+    Lightning Attention-2, https://arxiv.org/abs/2401.04658. `g`: the log-decays ``[H]``, those of `lightning_log_decay` for
+    layer `layer_idx` of `num_layers` when None. Other arguments and results: see the module.
+    """
+    if g is None:
+        g = lightning_log_decay(k.shape[2], layer_idx, num_layers, device=k.device)
+    return _decayed("lightning_attn", q, k, v, g, (1,), scale, initial_state, output_final_state, cu_seqlens, sp, causal)
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: CuSeqlens = None,
+    sp: SequenceParallel | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Retention: a constant decay a head, ``S_t = γ_h S_{t-1} + k_t v_tᵀ``.
+
+    RetNet, https://arxiv.org/abs/2307.08621, eq. 3-8 after the rotation of q and k. `g`: the log-decays ``[H]``, those of
+    `retention_log_decay` when None. Other arguments and results: see the module.
+    """
+    if g is None:
+        g = retention_log_decay(k.shape[2], device=k.device)
+    return _decayed("retention", q, k, v, g, (1,), scale, initial_state, output_final_state, cu_seqlens, sp, causal)
+
+
+def lightning_log_decay(
+    heads: int, layer_idx: int = 0, num_layers: int = 1, device: torch.device | str | None = None
+) -> Tensor:
+    """The log-decays ``[H]`` of a Lightning layer: ``−(8 h / H) (1 − layer_idx / num_layers)`` for heads h = 1..H, float32.
+
+    ALiBi's slopes, weaker in higher layers, as in TransNormerLLM, https://arxiv.org/abs/2307.14995, section 3.1.
+    """
+    slope = 8 / heads * (1 - layer_idx / num_layers)
+    return -slope * torch.arange(1, heads + 1, dtype=torch.float32, device=device)
+
+
+def retention_log_decay(heads: int, device: torch.device | str | None = None) -> Tensor:
+    """The log-decays ``[H]`` of a Retention layer: ``log(1 − 2^(−5−h))`` for heads h = 0..H−1, float32 (RetNet, eq. 8)."""
+    return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float64)))).float().to(device)
+
+
+def _decayed(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    axes: tuple[int, ...],
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: CuSeqlens,
+    sp: SequenceParallel | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if g.dim() not in axes:
+        shapes = " or ".join({1: "[H]", 3: "[B, T, H]", 4: "[B, T, H, K]"}[n] for n in axes)
+        raise ValueError(f"{op}: g must be {shapes}, given {list(g.shape)}")
+    pending = start(k, v, g, initial_state=initial_state, cu_seqlens=cu_seqlens, sp=sp, causal=causal, op=op)
+    return pending.finish(q, scale, output_final_state)
+
+
+def _kind(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

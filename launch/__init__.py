@@ -1,0 +1,1 @@
+"""Launchers, scaling benchmarks and the cost model."""

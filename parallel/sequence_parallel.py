@@ -1,0 +1,117 @@
+"""What an op needs to know to work on a sequence that several ranks share."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lasp.parallel.agreement import Agreement
+from lasp.parallel.exchange import EXCHANGES, Exchange
+from lasp.parallel.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method of sequence parallelism, whole: what its linear and its softmax layers do."""
+
+    exchange: str
+    softmax: str
+
+
+#: The methods by name, as ``--sp`` takes them.
+METHODS = {"lasp2": Method(exchange="all-gather", softmax="all-gather")}
+
+#: How softmax layers share keys and values, as ``--softmax-sp`` takes it.
+SOFTMAX = ("all-gather", "ring")
+
+
+class SequenceParallel:
+    """A group of ranks that share sequences, the layout by which they do, and the method.
+
+    Args:
+        group: the ranks: a process group or a `DeviceMesh` of one axis. None for a single rank.
+        layout: who holds which tokens. Its world size is the group's.
+        method: ``"lasp2"``: one all-gather of the states for linear layers, all-gather attention for softmax layers
+            (LASP-2H), https://arxiv.org/abs/2502.07563.
+        exchange: how the linear layers' states travel: ``"auto"`` (the method's own) or ``"all-gather"``.
+        softmax: how the softmax layers' keys and values travel: ``"auto"`` (the method's own), ``"all-gather"`` or
+            ``"ring"``.
+        check: whether ops settle among the ranks that their inputs agree before they communicate, so that a mistake is one
+            clear error everywhere and no hang. On CPU groups every call does, elsewhere the first call of each kind.
+
+    Raises:
+        ValueError: on every rank, where an argument is unknown, the layout is for another number of ranks, or ranks were
+            given different layouts.
+
+    The loss is understood as the sum of the ranks' losses. So the gradient of an input that all ranks hold alike (a
+    convolution's weight, a constant decay, an initial state) is this rank's share of it, to be summed over the group like
+    any parameter's, and the gradients that the ranks give to a final state, which all ranks receive, are summed.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | None,
+        layout: SequenceLayout,
+        method: str = "lasp2",
+        exchange: str = "auto",
+        softmax: str = "auto",
+        check: bool = True,
+    ):
+        self.group = group.get_group() if isinstance(group, DeviceMesh) else group
+        self.layout = layout
+        self.world_size = 1 if self.group is None else dist.get_world_size(self.group)
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self._agreement: Agreement | None = None
+        self._settled: set[str] = set()
+        self._settle_always = False
+        if check and self.group is not None and self.world_size > 1 and dist.get_backend(self.group) != "fake":
+            self._agreement = Agreement(self.group)
+            self._settle_always = "nccl" not in dist.get_backend(self.group)
+
+        problem = None
+        if layout.world_size != self.world_size:
+            problem = f"the layout is for {layout.world_size} ranks, the group has {self.world_size}"
+        for option, value, known in (
+            ("method", method, METHODS),
+            ("exchange", exchange, ("auto", *EXCHANGES)),
+            ("softmax", softmax, ("auto", *SOFTMAX)),
+        ):
+            if value not in known:
+                problem = f"unknown {option}={value!r}: expected one of {', '.join(known)}"
+        digest = hashlib.sha1(repr((layout.runs, layout.cu_seqlens)).encode()).hexdigest()[:8]
+        self.settle(
+            f"SequenceParallel(method={method}, exchange={exchange}, softmax={softmax}) with a layout of "
+            f"{layout.total_tokens} tokens in {layout.num_documents} documents over {layout.world_size} ranks (#{digest})",
+            problem,
+        )
+        self.method = method
+        self.softmax = METHODS[method].softmax if softmax == "auto" else softmax
+        self.exchange: Exchange = EXCHANGES[METHODS[method].exchange if exchange == "auto" else exchange](self.group)
+
+    @classmethod
+    def single(cls, layout: SequenceLayout) -> SequenceParallel:
+        """One rank that holds the whole sequence: what an op without ``sp=`` runs on."""
+        return layout.cached("single", lambda: cls(None, layout))
+
+    @property
+    def local_tokens(self) -> int:
+        """How many tokens this rank holds."""
+        return self.layout.local_tokens(self.rank)
+
+    def settle(self, statement: str, problem: str | None = None) -> None:
+        """Raise on all ranks unless all are about to do what `statement` says and none has a `problem`.
+
+        Raises:
+            ValueError: naming the problem and its rank, or what the ranks disagree on.
+        """
+        if self._agreement is not None and (self._settle_always or problem or statement not in self._settled):
+            self._agreement.settle(statement, problem)
+            self._settled.add(statement)
+        elif problem is not None:
+            raise ValueError(problem)
+
+    def __repr__(self) -> str:
+        return f"SequenceParallel(rank {self.rank} of {self.world_size}, {self.method}, {self.local_tokens} tokens here)"
