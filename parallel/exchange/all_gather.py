@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Summary
+from lasp.parallel.collectives import all_gather_rows
 from lasp.parallel.exchange.base import Exchange, PendingStates, Route
 
 
@@ -21,8 +22,7 @@ class AllGather(Exchange):
             return _Gathered(runs, rows, None, route)
         missing = route.slots - rows.shape[0]
         sent = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
-        received = rows.new_empty(route.world_size * route.slots, rows.shape[1])
-        work = dist.all_gather_into_tensor(received, sent, group=self.group, async_op=True)
+        received, work = all_gather_rows(sent, self.group)
         return _Gathered(runs, received, work, route)
 
 

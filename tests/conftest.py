@@ -1,0 +1,45 @@
+"""Groups of ranks for the tests: `mpirun -n 4 python -m pytest --with-mpi -m mpi` runs every test on 1, 2 and 4 of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[int]:
+    """The MPI ranks as a gloo process group; its size."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    port = None
+    if comm.rank == 0:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+    port = comm.bcast(port)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size
+    )
+    yield comm.size
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def groups(world: int) -> dict[int, dist.ProcessGroup]:
+    """For W = 1, 2, 4 this rank's group of W consecutive ranks: all ranks are always at work."""
+    mine: dict[int, dist.ProcessGroup] = {}
+    for size in (1, 2, 4):
+        for first in range(0, world - size + 1, size):
+            group = dist.new_group(list(range(first, first + size)))
+            if first <= dist.get_rank() < first + size:
+                mine[size] = group
+    return mine
