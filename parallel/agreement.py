@@ -37,6 +37,7 @@ class Agreement:
             RuntimeError: where a rank does not come within the timeout.
         """
         key = f"round/{self.rounds}"
+        self.rounds += 1
         common = self.store.compare_set(f"{key}/statement", "", statement).decode()
         if problem is not None:
             self._object(key, "problem", problem)
@@ -53,10 +54,10 @@ class Agreement:
             ) from error
         if self.store.get(f"{key}/verdict") != b"settled":
             raise ValueError(problem or self._told(key, common))
-        if self.rank == 0 and self.rounds >= 2:
+        if self.rank == 0 and self.rounds > 2:
+            # Every rank is in this round, so none still reads the one before the last.
             for name in ("statement", "arrived", "objections", "verdict"):
-                self.store.delete_key(f"round/{self.rounds - 2}/{name}")
-        self.rounds += 1
+                self.store.delete_key(f"round/{self.rounds - 3}/{name}")
 
     def _object(self, key: str, kind: str, line: str) -> None:
         self.store.set(f"{key}/{kind}/{self.rank}", line)

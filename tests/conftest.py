@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+
+FAILED = pytest.StashKey[bool]()
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -29,7 +32,7 @@ def world() -> Iterator[int]:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size
     )
     yield comm.size
-    dist.barrier()
+    # No barrier: a rank that has failed must be able to leave, which ends the job.
     dist.destroy_process_group()
 
 
@@ -43,3 +46,17 @@ def groups(world: int) -> dict[int, dist.ProcessGroup]:
             if first <= dist.get_rank() < first + size:
                 mine[size] = group
     return mine
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[FAILED] = exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A failed rank ends the whole job, after its report: the others may wait for it in a collective."""
+    if config.stash.get(FAILED, False) and "mpi4py.MPI" in sys.modules:
+        from mpi4py import MPI
+
+        if MPI.COMM_WORLD.size > 1:
+            sys.stdout.flush()
+            MPI.COMM_WORLD.Abort(1)

@@ -1,0 +1,131 @@
+"""The chunked form on one rank: every family against the token-by-token definition, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lasp.kernels.reference import recurrent
+from lasp.ops.linear import start
+from tests.support import Inputs, assert_close, poisoned_memory
+
+DECAYS = ("none", "H", "B T H", "B T H K")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def log_decay(x: Inputs, decay: str, strength: str, sizes: dict[str, int]) -> Tensor | None:
+    """A log-decay with the named axes: weak, strong (−20 a token), or strong and weak by turns."""
+    if decay == "none":
+        return None
+    shape = [sizes[axis] for axis in decay.split()]
+    weak, turns = -0.3 * x.uniform(*shape), x.uniform(*shape) < 0.5
+    strong = torch.full_like(weak, -20.0)
+    return {"weak": weak, "strong": strong, "mixed": torch.where(turns, strong, weak)}[strength]
+
+
+def results(fast: bool, tensors: dict[str, Tensor], cotangents: tuple[Tensor, Tensor], **options) -> dict[str, Tensor]:
+    """Output, final state and every gradient, by the fast form or by the definition."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    q, k, v, g, initial = (leaves.get(name) for name in ("q", "k", "v", "g", "initial_state"))
+    assert q is not None and k is not None and v is not None
+    if fast:
+        pending = start(k, v, g, initial_state=initial, cu_seqlens=options["cu_seqlens"], causal=options["causal"])
+        o, final = pending.finish(q, output_final_state=True)
+        assert final is not None
+    else:
+        if initial is not None:
+            initial = initial.unflatten(0, (k.shape[0], -1))
+        o, final = recurrent(q, k, v, g, initial_state=initial, **options)
+        final = final.flatten(0, 1)
+    ((o * cotangents[0]).sum() + (final * cotangents[1]).sum()).backward()
+    gradients = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
+    assert len(gradients) == len(leaves)
+    return {"o": o, "final_state": final, **gradients}
+
+
+def check(decay: str, strength: str, dtype: torch.dtype, cu_seqlens: tuple[int, ...] | None, causal: bool, **sizes: int):
+    x = Inputs(0, dtype)
+    B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    tensors = {"q": x.normal(B, T, H, K), "k": x.normal(B, T, H, K), "v": x.normal(B, T, H, V)}
+    g = log_decay(x, decay, strength, sizes)
+    if g is not None:
+        tensors["g"] = g
+    tensors["initial_state"] = x.normal(N, H, K, V)
+    cotangents = x.normal(B, T, H, V), x.normal(N, H, K, V)
+    options = {"cu_seqlens": cu_seqlens, "causal": causal}
+    with poisoned_memory():
+        given = results(True, tensors, cotangents, **options)
+    assert_close(given, results(False, tensors, cotangents, **options), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("strength", ["weak", "strong", "mixed"])
+@pytest.mark.parametrize("causal", [True, False], ids=["masked", "unmasked"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_equals_the_definition(decay: str, strength: str, causal: bool, dtype: torch.dtype) -> None:
+    if decay == "none" and strength != "weak":
+        return
+    for cu_seqlens, batch in ((None, 2), ((0, 1, 66, 140), 1)):
+        check(decay, strength, dtype, cu_seqlens, causal, B=batch, T=140, H=2, K=5, V=7)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@given(
+    length=st.integers(1, 70),
+    cuts=st.sets(st.integers(1, 69), max_size=5),
+    heads=st.integers(1, 3),
+    widths=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    causal=st.booleans(),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_lengths_and_widths(
+    decay: str, length: int, cuts: set[int], heads: int, widths: tuple[int, int], causal: bool
+) -> None:
+    cu_seqlens = (0, *sorted(c for c in cuts if c < length), length)
+    K, V = widths
+    check(decay, "weak", torch.float64, cu_seqlens, causal, B=1, T=length, H=heads, K=K, V=V)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_changed_future_token_moves_nothing_earlier(decay: str) -> None:
+    T, changed = 140, 77
+    x = Inputs(0, torch.float64)
+    sizes = {"B": 1, "T": T, "H": 2, "K": 4}
+    q, k, v = (x.normal(1, T, 2, 4) for _ in range(3))
+    g = log_decay(x, decay, "weak", sizes)
+    before, _ = start(k, v, g).finish(q)
+    k, v, q = (y.index_fill(1, torch.tensor([changed]), 9.0) for y in (k, v, q))
+    if g is not None and g.dim() > 1:
+        g = g.index_fill(1, torch.tensor([changed]), -3.0)
+    after, _ = start(k, v, g).finish(q)
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.equal(before[:, changed:], after[:, changed:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
+    x = Inputs(0, dtype)
+    q, k, v = (x.normal(1, 300, 2, 8) for _ in range(3))
+    g = -0.1 * x.uniform(1, 300, 2, 8)
+    o, final = start(k, v, g).finish(q, output_final_state=True)
+    expected, expected_final = recurrent(q, k, v, g)
+    assert o.dtype == dtype
+    assert final is not None
+    assert final.dtype == torch.float32
+    # The state sees no rounding but the inputs' own; the output is rounded once.
+    assert_close({"final_state": final}, {"final_state": expected_final.flatten(0, 1)}, 1e-5)
+    assert_close({"o": o}, {"o": expected}, {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype])
+
+
+def test_only_the_run_s_entry_state_is_kept() -> None:
+    """Besides the inputs, nothing that grows with the sequence waits for the backward pass."""
+    kept: list[int] = []
+    x = Inputs(0, torch.float32)
+    q, k, v = (x.normal(1, 1024, 2, 8).requires_grad_() for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        start(k, v).finish(q)
+    assert sorted(kept) == sorted([2 * 8 * 8, *[x.numel() for x in (q, k, v)]])
