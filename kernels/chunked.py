@@ -78,7 +78,7 @@ class ChunkedDecay(Recurrence):
         dscores = do @ v.transpose(-1, -2)
         dk_within = decay.weigh_queries(dscores, q)
         dk_beyond = (v @ exit_gradient.transpose(-1, -2)) * decay.to_end
-        gates = ()
+        gates: tuple[Tensor, ...] = ()
         if tokens.gates:
             # A pair (i, j) of tokens, j < i, decays by every gate in (j, i]. Its part of the gradient is added at i and
             # taken back at j by one sum from the end; i = j decays by nothing and is left out, or it would drown the rest.
@@ -94,9 +94,7 @@ class ChunkedDecay(Recurrence):
                 terms = tuple(x.sum(-1, keepdim=True) for x in terms)  # type: ignore[assignment]
             dg = _sum_to_end(terms[0]) + _sum_before(terms[1]) + terms[2]
             gates = (_tokens(dg.squeeze(-1) if decay.per_head else dg, segments, tokens.gates[0]),)
-        return Tokens(
-            _tokens(dk_within + dk_beyond, segments, tokens.k), _tokens(dv, segments, tokens.v), gates
-        )
+        return Tokens(_tokens(dk_within + dk_beyond, segments, tokens.k), _tokens(dv, segments, tokens.v), gates)
 
 
 @dataclass(frozen=True)

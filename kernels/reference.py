@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def recurrent(
 
     bounds = [0, length] if cu_seqlens is None else list(cu_seqlens)
     outputs, finals = [], []
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         if initial_state is None:
             state = q.new_zeros(batch, heads, width, v.shape[-1])
         else:

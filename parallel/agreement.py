@@ -44,7 +44,9 @@ class Agreement:
         elif statement != common:
             self._object(key, "difference", statement)
         if self.store.add(f"{key}/arrived", 1) == self.size:
-            self.store.set(f"{key}/verdict", "settled" if self.store.add(f"{key}/objections", 0) == 0 else "not settled")
+            self.store.set(
+                f"{key}/verdict", "settled" if self.store.add(f"{key}/objections", 0) == 0 else "not settled"
+            )
         try:
             self.store.wait([f"{key}/verdict"], self.timeout)
         except RuntimeError as error:

@@ -85,7 +85,9 @@ class SequenceLayout:
             if start > reached:
                 raise ValueError(f"ranges leave a gap: no rank holds tokens {reached} to {start}")
             if start < reached:
-                raise ValueError(f"ranges overlap: ranges[{rank}] holds ({start}, {end}), tokens to {reached} are taken")
+                raise ValueError(
+                    f"ranges overlap: ranges[{rank}] holds ({start}, {end}), tokens to {reached} are taken"
+                )
             reached = end
         total = reached if total_tokens is None else int(total_tokens)
         if reached != total:

@@ -137,7 +137,7 @@ class _Linear(torch.autograd.Function):
         return o, final
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, initial_state, run_entry, *gates = ctx.saved_tensors
         recurrence, sp, scale = ctx.recurrence, ctx.sp, ctx.scale
         tokens = Tokens(k, v, tuple(gates))
@@ -183,7 +183,7 @@ class _SumOverRanks(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         dx = dx.contiguous().clone()
         dist.all_reduce(dx, group=ctx.group)
         return dx, None

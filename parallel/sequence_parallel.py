@@ -114,4 +114,6 @@ class SequenceParallel:
             raise ValueError(problem)
 
     def __repr__(self) -> str:
-        return f"SequenceParallel(rank {self.rank} of {self.world_size}, {self.method}, {self.local_tokens} tokens here)"
+        return (
+            f"SequenceParallel(rank {self.rank} of {self.world_size}, {self.method}, {self.local_tokens} tokens here)"
+        )

@@ -28,9 +28,7 @@ def world() -> Iterator[int]:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
     port = comm.bcast(port)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size)
     yield comm.size
     # No barrier: a rank that has failed must be able to leave, which ends the job.
     dist.destroy_process_group()

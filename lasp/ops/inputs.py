@@ -53,7 +53,9 @@ def agree(sp: SequenceParallel, statement: str, check: Callable[[], None]) -> No
 def describe(**tensors: Tensor | None) -> str:
     """The shapes of tensors as far as ranks must agree on them: all axes but the tokens'."""
     return ", ".join(
-        f"{name}=None" if x is None else f"{name}={str(x.dtype).removeprefix('torch.')}{list(x.shape[:1] + x.shape[2:])}"
+        f"{name}=None"
+        if x is None
+        else f"{name}={str(x.dtype).removeprefix('torch.')}{list(x.shape[:1] + x.shape[2:])}"
         for name, x in tensors.items()
     )
 
@@ -82,4 +84,6 @@ def check_tokens(op: str, tokens: int, sp: SequenceParallel) -> None:
 def check_log_decay(op: str, g: Tensor | None) -> None:
     """Raise where a log-decay is positive or NaN. On the CPU only: elsewhere it would hold up the device."""
     if g is not None and g.device.type == "cpu" and not bool(torch.all(g <= 0)):
-        raise ValueError(f"{op}: g must be a log-decay, at most 0 everywhere; its largest value is {g.max().item():.4g}")
+        raise ValueError(
+            f"{op}: g must be a log-decay, at most 0 everywhere; its largest value is {g.max().item():.4g}"
+        )

@@ -104,9 +104,7 @@ def start(
         check_tokens(op, tokens, seq)
         check_log_decay(op, g)
 
-    needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (k, v, g, initial_state)
-    )
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k, v, g, initial_state))
     kind = "None" if g is None else f"{g.dim()} axes"
     agree(
         seq,
@@ -210,7 +208,9 @@ def lightning_attn(
     """
     if g is None:
         g = lightning_log_decay(k.shape[2], layer_idx, num_layers, device=k.device)
-    return _decayed("lightning_attn", q, k, v, g, (1,), scale, initial_state, output_final_state, cu_seqlens, sp, causal)
+    return _decayed(
+        "lightning_attn", q, k, v, g, (1,), scale, initial_state, output_final_state, cu_seqlens, sp, causal
+    )
 
 
 def retention(

@@ -29,8 +29,8 @@ def log_decay(x: Inputs, decay: str, strength: str, sizes: dict[str, int]) -> Te
 def results(fast: bool, tensors: dict[str, Tensor], cotangents: tuple[Tensor, Tensor], **options) -> dict[str, Tensor]:
     """Output, final state and every gradient, by the fast form or by the definition."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
-    q, k, v, g, initial = (leaves.get(name) for name in ("q", "k", "v", "g", "initial_state"))
-    assert q is not None and k is not None and v is not None
+    q, k, v = leaves["q"], leaves["k"], leaves["v"]
+    g, initial = leaves.get("g"), leaves.get("initial_state")
     if fast:
         pending = start(k, v, g, initial_state=initial, cu_seqlens=options["cu_seqlens"], causal=options["causal"])
         o, final = pending.finish(q, output_final_state=True)
@@ -46,7 +46,9 @@ def results(fast: bool, tensors: dict[str, Tensor], cotangents: tuple[Tensor, Te
     return {"o": o, "final_state": final, **gradients}
 
 
-def check(decay: str, strength: str, dtype: torch.dtype, cu_seqlens: tuple[int, ...] | None, causal: bool, **sizes: int):
+def check(
+    decay: str, strength: str, dtype: torch.dtype, cu_seqlens: tuple[int, ...] | None, causal: bool, **sizes: int
+):
     x = Inputs(0, dtype)
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
     N = B if cu_seqlens is None else len(cu_seqlens) - 1

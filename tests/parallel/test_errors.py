@@ -64,7 +64,9 @@ def test_one_rank_with_too_many_tokens(sp: SequenceParallel) -> None:
 def test_a_positive_log_decay_on_one_rank(sp: SequenceParallel) -> None:
     g = torch.zeros(1, sp.local_tokens, H)
     g[0, -1, 0] = 0.5 if sp.rank == 2 else -1
-    with pytest.raises(ValueError, match=r"simple_gla: g must be a log-decay, at most 0 everywhere; its largest .* 0.5"):
+    with pytest.raises(
+        ValueError, match=r"simple_gla: g must be a log-decay, at most 0 everywhere; its largest .* 0.5"
+    ):
         simple_gla(**local(sp), g=g, sp=sp)
     g[0, -1, 0] = float("nan") if sp.rank == 2 else -1
     with pytest.raises(ValueError, match="simple_gla: g must be a log-decay"):
@@ -94,13 +96,19 @@ def test_wrong_shapes_everywhere(sp: SequenceParallel) -> None:
     x = local(sp)
     g = -torch.ones(1, sp.local_tokens, H, K)
     cases = [
-        (lambda: gla(**x, g=g[..., :-1], sp=sp), r"gla: g must be \[B, T, H, K\] = \[1, 4, 2, 4\], given \[1, 4, 2, 3\]"),
+        (
+            lambda: gla(**x, g=g[..., :-1], sp=sp),
+            r"gla: g must be \[B, T, H, K\] = \[1, 4, 2, 4\], given \[1, 4, 2, 3\]",
+        ),
         (lambda: gla(**x, g=g[..., 0], sp=sp), r"gla: g must be \[B, T, H, K\], given \[1, 4, 2\]"),
         (lambda: linear_attn(x["q"], x["k"], x["v"][:, :, :1], sp=sp), r"linear_attn: v must be \[B, T, H, V\]"),
         (lambda: linear_attn(x["q"][..., :2], x["k"], x["v"], sp=sp), "linear_attn: q and k must be alike"),
         (lambda: linear_attn(**x, cu_seqlens=[0, 4], sp=sp), "cu_seqlens= was given beside sp="),
         (lambda: linear_attn(**x, initial_state=torch.zeros(2, H, K, V), sp=sp), "linear_attn: initial_state must be"),
-        (lambda: linear_attn(x["q"], x["k"].half(), x["v"], sp=sp), "linear_attn: k and v must have one floating-point"),
+        (
+            lambda: linear_attn(x["q"], x["k"].half(), x["v"], sp=sp),
+            "linear_attn: k and v must have one floating-point",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def tables(draw: st.DrawFn) -> SequenceLayout:
     world = draw(st.integers(1, 6))
     cuts = sorted(draw(st.sets(st.integers(0, total), max_size=10)) | {0, total})
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(world)]
-    for tile in draw(st.permutations(list(zip(cuts, cuts[1:], strict=False)))):
+    for tile in draw(st.permutations(list(pairwise(cuts)))):
         ranges[draw(st.integers(0, world - 1))].append(tile)
     documents = sorted(draw(st.sets(st.integers(1, total), max_size=8)) | {0, total})
     return SequenceLayout.from_ranges(ranges, total, documents)
