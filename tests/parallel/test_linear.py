@@ -81,14 +81,20 @@ def cotangents(output: torch.Size, state: torch.Size, dtype: torch.dtype) -> tup
 
 
 def run(
-    op: str, sp: SequenceParallel, documents: str, dtype: torch.dtype, initial: bool, causal: bool
+    op: str,
+    sp: SequenceParallel,
+    documents: str,
+    dtype: torch.dtype,
+    initial: bool,
+    causal: bool,
+    device: str = "cpu",
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This rank's results by name, and what they should be."""
     layout, group = sp.layout, sp.group
     whole = inputs(op, documents, dtype, initial)
     replicated = {"initial_state"} | ({"g"} if OPS[op][1] == "H" else set())
     local = {
-        name: (x.clone() if name in replicated else layout.shard(x, sp.rank)).requires_grad_()
+        name: (x.clone() if name in replicated else layout.shard(x, sp.rank)).to(device).requires_grad_()
         for name, x in whole.items()
     }
     o, final = OPS[op][0](**local, output_final_state=True, sp=sp, causal=causal)
@@ -96,7 +102,7 @@ def run(
     do, dfinal = cotangents(want["o"].shape, want["final_state"].shape, dtype)
     # The ranks' gradients of the final state add up: each gives another share.
     share = (sp.rank + 1) / (sp.world_size * (sp.world_size + 1) / 2)
-    torch.autograd.backward([o, final], [layout.shard(do, sp.rank), dfinal * share])
+    torch.autograd.backward([o, final], [layout.shard(do, sp.rank).to(device), (dfinal * share).to(device)])
     given = {"o": o, "final_state": final}
     for name, x in local.items():
         assert x.grad is not None
