@@ -1,4 +1,4 @@
-"""The house rules: imports run downwards only, every folder is reached as lasp.<folder>, and nothing is imported by a bare name."""
+"""The house rules: imports run downwards, each folder is reached as lasp.<folder>, and files stay readable."""
 
 from __future__ import annotations
 
@@ -72,6 +72,8 @@ def test_files_stay_readable() -> None:
 
 def test_importing_the_library_is_quiet_and_touches_no_device() -> None:
     code = "import lasp, lasp.ops, torch, sys; assert not torch.cuda.is_initialized(); print('triton' in sys.modules)"
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""

@@ -14,10 +14,10 @@ from tests.support import DOCUMENTS, LAYOUTS, TOKENS
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> SequenceLayout:
+def tables(draw: st.DrawFn, world: int | None = None) -> SequenceLayout:
     """Any tiling of any sequence by any number of ranks, in any order, with documents."""
     total = draw(st.integers(1, 60))
-    world = draw(st.integers(1, 6))
+    world = world or draw(st.integers(1, 6))
     cuts = sorted(draw(st.sets(st.integers(0, total), max_size=10)) | {0, total})
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(world)]
     for tile in draw(st.permutations(list(pairwise(cuts)))):

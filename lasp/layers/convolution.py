@@ -1,0 +1,28 @@
+"""The short causal convolution that some mixers put on their queries, keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lasp.ops.conv import causal_conv1d
+from lasp.ops.inputs import CuSeqlens
+from lasp.parallel import SequenceParallel
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution of every channel by itself, within documents, followed by SiLU. H3, https://arxiv.org/abs/2212.14052.
+
+    Args:
+        channels: D.
+        size: how many tokens it spans, the current one included.
+    """
+
+    def __init__(self, channels: int, size: int = 4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-(size**-0.5), size**-0.5))
+
+    def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
+        """x: ``[B, T, D]``."""
+        # Autocast leaves the weight in float32 where a projection's output is bfloat16.
+        return causal_conv1d(x, self.weight.to(x.dtype), activation="silu", cu_seqlens=cu_seqlens, sp=sp)

@@ -1,0 +1,132 @@
+"""The linear mixers. Each says only what it does differently from `LinearMixer`; `MIXERS` has their names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.layers.mixer import LinearMixer, constant
+from lasp.layers.norm import at_least_float32
+from lasp.ops.linear import lightning_log_decay, retention_log_decay
+from lasp.parallel import SequenceParallel
+
+#: GLA's temperature of the gates: decays start near 1.
+GATE_TEMPERATURE = 16
+#: GLA's rank of the gate's projection.
+GATE_RANK = 16
+
+
+class BasicLinearAttention(LinearMixer):
+    """No decay, features ``elu + 1``: Katharopoulos et al., https://arxiv.org/abs/2006.16236; a norm for its normaliser."""
+
+    default_feature_map = "elu"
+    gated = False
+
+
+class LightningAttention(LinearMixer):
+    """A constant decay a head, weaker in higher layers: Lightning Attention-2, https://arxiv.org/abs/2401.04658."""
+
+    op = "lightning_attn"
+    default_feature_map = "silu"
+    decay: Tensor
+
+    def build_decay(self, hidden: int) -> None:
+        constant(self, lightning_log_decay(self.heads, self.layer_idx, self.num_layers))
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        return self.decay
+
+
+class Retention(LinearMixer):
+    """A constant decay a head and rotated queries and keys: RetNet, https://arxiv.org/abs/2307.08621, eq. 5 and 8."""
+
+    op = "retention"
+    rotated = True
+    decay: Tensor
+
+    def build_decay(self, hidden: int) -> None:
+        constant(self, retention_log_decay(self.heads))
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        return self.decay
+
+
+class SimpleGLA(LinearMixer):
+    """A decay a head, by data: ``g = log σ(W x) / 16``. Mamba-2's scalar decay, https://arxiv.org/abs/2405.21060."""
+
+    op = "simple_gla"
+
+    def build_decay(self, hidden: int) -> None:
+        self.decay_proj = nn.Linear(hidden, self.heads)
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        return F.logsigmoid(at_least_float32(self.decay_proj(x))) / GATE_TEMPERATURE
+
+
+class GatedLinearAttention(LinearMixer):
+    """A decay a key dimension, by data: ``g = log σ(W₂ W₁ x) / 16``: GLA, https://arxiv.org/abs/2312.06635, section 4.4."""
+
+    op = "gla"
+
+    def build_decay(self, hidden: int) -> None:
+        # The decay is on the features, which Taylor's map makes more of than there are keys.
+        features = self.feature_map(torch.zeros(self.key_width)).shape[-1]
+        self.decay_proj = nn.Sequential(
+            nn.Linear(hidden, GATE_RANK, bias=False), nn.Linear(GATE_RANK, self.heads * features)
+        )
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        g = F.logsigmoid(at_least_float32(self.decay_proj(x))) / GATE_TEMPERATURE
+        return g.unflatten(-1, (self.heads, -1))
+
+
+class HGRN2(LinearMixer):
+    """Forget gates that are also the keys: ``f = γ + (1 − γ) σ(W x)``, ``g = log f``, ``k = 1 − f``.
+
+    HGRN2, https://arxiv.org/abs/2404.07904, eq. 8. The lower bound γ of layer l of L is ``l / L``, where HGRN's learnt one
+    (https://arxiv.org/abs/2311.04823, section 3.2) starts: lower layers forget, higher ones remember. The feature map is
+    the queries' alone.
+    """
+
+    op = "gla"
+    default_feature_map = "silu"
+    gated = False
+
+    def build_decay(self, hidden: int) -> None:
+        if self.feature_map.width is not None:
+            raise ValueError("mixer hgrn2: its keys follow from the decay, use a feature_map that keeps the width")
+
+    def keys_and_decay(self, x: Tensor, sp: SequenceParallel) -> tuple[Tensor, Tensor]:
+        projected = self.heads_of(self.k_proj(x), self.k_conv, sp)
+        logits = at_least_float32(projected)
+        bound = self.layer_idx / self.num_layers
+        # 1 − f and log f from the logits, not from f: near f = 1 and f = 0 those would have no digits left.
+        k = (1 - bound) * torch.sigmoid(-logits)
+        kept = F.logsigmoid(logits) + math.log1p(-bound)
+        g = kept if bound == 0 else torch.logaddexp(kept, torch.full_like(kept, math.log(bound)))
+        return k.to(projected.dtype), g.clamp(max=0)
+
+
+#: The linear mixers by name, as ``--mixer`` takes them.
+MIXERS: dict[str, type[LinearMixer]] = {
+    "basic": BasicLinearAttention,
+    "lightning": LightningAttention,
+    "retention": Retention,
+    "simple_gla": SimpleGLA,
+    "gla": GatedLinearAttention,
+    "hgrn2": HGRN2,
+}
+
+
+def mixer_type(name: str) -> type[LinearMixer]:
+    """The mixer of that name.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if name not in MIXERS:
+        raise ValueError(f"unknown mixer={name!r}: expected one of {', '.join(MIXERS)}")
+    return MIXERS[name]

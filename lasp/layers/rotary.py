@@ -1,0 +1,41 @@
+"""Rotary position embedding, https://arxiv.org/abs/2104.09864, by each token's position within its document."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lasp.layers.norm import at_least_float32
+from lasp.parallel import SequenceParallel
+
+
+def rotate(x: Tensor, sp: SequenceParallel, theta: float) -> Tensor:
+    """Rotate the pairs ``(x_i, x_{i + D/2})`` by ``position · theta^(−2i/D)``.
+
+    Args:
+        x: ``[B, T, H, D]``, this rank's tokens.
+        sp: the layout that knows their positions.
+        theta: the base of the angles.
+    """
+    wide = at_least_float32(x)
+    cosine, sine = _angles(sp, x.shape[-1], theta, wide)
+    first, second = wide.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
+
+
+def _angles(sp: SequenceParallel, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[T, 1, D/2]``, made once for a layout and shared by its layers."""
+    device, dtype = like.device, like.dtype
+
+    def build() -> tuple[Tensor, Tensor]:
+        # float64: at two million tokens a float32 angle would be off by a tenth of a radian.
+        positions = sp.layout.document_positions(sp.rank).to(device, torch.float64)
+        frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+        angles = (positions[:, None] * frequencies).unsqueeze(1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    return cast(
+        "tuple[Tensor, Tensor]", sp.layout.cached(("rotary", sp.rank, width, theta, str(device), str(dtype)), build)
+    )
