@@ -109,9 +109,13 @@ class SequenceParallel:
         """
         if self._agreement is not None and (self._settle_always or problem or statement not in self._settled):
             self._agreement.settle(statement, problem)
-            self._settled.add(statement)
         elif problem is not None:
             raise ValueError(problem)
+        self._settled.add(statement)
+
+    def has_settled(self, statement: str) -> bool:
+        """Whether this statement has been settled before."""
+        return statement in self._settled
 
     def __repr__(self) -> str:
         return (

@@ -81,9 +81,9 @@ def check_tokens(op: str, tokens: int, sp: SequenceParallel) -> None:
         )
 
 
-def check_log_decay(op: str, g: Tensor | None) -> None:
-    """Raise where a log-decay is positive or NaN. On the CPU only: elsewhere it would hold up the device."""
-    if g is not None and g.device.type == "cpu" and not bool(torch.all(g <= 0)):
+def check_log_decay(op: str, g: Tensor) -> None:
+    """Raise where a log-decay is positive or NaN. It reads the values, which holds up a device."""
+    if not bool(torch.all(g <= 0)):
         raise ValueError(
             f"{op}: g must be a log-decay, at most 0 everywhere; its largest value is {g.max().item():.4g}"
         )

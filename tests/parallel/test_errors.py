@@ -46,6 +46,17 @@ def test_ranks_that_disagree_on_whether_gradients_are_needed(sp: SequenceParalle
     still_works(sp)
 
 
+def test_ranks_that_disagree_on_the_queries(sp: SequenceParallel) -> None:
+    for name, change in (("output_final_state", True), ("scale", 2.0)):
+        with pytest.raises(ValueError, match=f"the ranks disagree.*{name}={change}"):
+            linear_attn(**local(sp), sp=sp, **({name: change} if sp.rank == 0 else {}))
+    x = local(sp)
+    x["q"].requires_grad_(sp.rank == 1)
+    with pytest.raises(ValueError, match=r"the ranks disagree.*gradient=True"):
+        linear_attn(**x, sp=sp)
+    still_works(sp)
+
+
 def test_ranks_with_different_layouts(groups: Groups) -> None:
     layout = SequenceLayout.zigzag(T, 4) if dist.get_rank() == 3 else SequenceLayout.contiguous(T, 4)
     with pytest.raises(ValueError, match=r"the ranks disagree: rank \d: SequenceParallel\(method=lasp2"):
