@@ -18,7 +18,12 @@ def rotate(x: Tensor, sp: SequenceParallel, theta: float) -> Tensor:
         x: ``[B, T, H, D]``, this rank's tokens.
         sp: the layout that knows their positions.
         theta: the base of the angles.
+
+    Raises:
+        ValueError: where D is odd.
     """
+    if x.shape[-1] % 2:
+        raise ValueError(f"rotary positions need heads of even width, given {x.shape[-1]}: use another number of heads")
     wide = at_least_float32(x)
     cosine, sine = _angles(sp, x.shape[-1], theta, wide)
     first, second = wide.chunk(2, dim=-1)

@@ -60,6 +60,11 @@ def describe(**tensors: Tensor | None) -> str:
     )
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether the op will have a backward pass, which ranks must agree on."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def check_axes(op: str, x: Tensor | None, name: str, axes: str, **sizes: int) -> None:
     """Raise unless x has the named axes, each of the size given for it (others are free)."""
     if x is None:

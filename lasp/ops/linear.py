@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import ChunkedDecay, Recurrence, Tokens
-from lasp.ops.inputs import CuSeqlens, agree, check_axes, check_log_decay, check_tokens, describe, sequence_of
+from lasp.ops.inputs import (
+    CuSeqlens,
+    agree,
+    check_axes,
+    check_log_decay,
+    check_tokens,
+    describe,
+    needs_gradient,
+    sequence_of,
+)
 from lasp.parallel import PendingLinear, SequenceParallel, start_linear
 from lasp.parallel.unmasked import unmasked_linear
 
@@ -56,7 +65,7 @@ class Pending:
         agree(
             self.sp,
             f"{self.op}({describe(q=q)}, scale={scale}, output_final_state={output_final_state}, "
-            f"gradient={_needs_gradient(q)})",
+            f"gradient={needs_gradient(q)})",
             check,
         )
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -100,7 +109,7 @@ def start(
 
     statement = (
         f"{op}({describe(k=k, v=v, initial_state=initial_state)}, g={'None' if g is None else f'{g.dim()} axes'}, "
-        f"causal={causal}, gradient={_needs_gradient(k, v, g, initial_state)})"
+        f"causal={causal}, gradient={needs_gradient(k, v, g, initial_state)})"
     )
 
     def check() -> None:
@@ -280,10 +289,6 @@ def _decayed(
         raise ValueError(f"{op}: g must be {shapes}, given {list(g.shape)}")
     pending = start(k, v, g, initial_state=initial_state, cu_seqlens=cu_seqlens, sp=sp, causal=causal, op=op)
     return pending.finish(q, scale, output_final_state)
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _kind(x: Tensor) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import SequenceLayout, SequenceParallel
-from lasp.ops.linear import gla, linear_attn, simple_gla
+from lasp.ops import causal_conv1d, gla, linear_attn, simple_gla, softmax_attn
 
 pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(60)]
 Groups = dict[int, dist.ProcessGroup]
@@ -120,6 +120,50 @@ def test_wrong_shapes_everywhere(sp: SequenceParallel) -> None:
             lambda: linear_attn(x["q"], x["k"].half(), x["v"], sp=sp),
             "linear_attn: k and v must have one floating-point",
         ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    still_works(sp)
+
+
+def test_wrong_inputs_of_softmax_attention(sp: SequenceParallel) -> None:
+    n = sp.local_tokens
+    q, k = torch.zeros(1, n, 4, K), torch.zeros(1, n, 2, K)
+    three = torch.zeros(1, n, 3, K)
+    cases = [
+        (
+            lambda: softmax_attn(q, three, three, sp=sp),
+            r"softmax_attn: the 3 heads of k and v must divide the 4 heads of q \(q \[1, 4, 4, 4\], k \[1, 4, 3, 4\]\)",
+        ),
+        (lambda: softmax_attn(q, k, three, sp=sp), r"softmax_attn: v must be \[B, T, Hk, D\] = \[1, 4, 2, 4\], given"),
+        (lambda: softmax_attn(q, k[..., :2], k, sp=sp), r"softmax_attn: k must be \[B, T, Hk, D\]"),
+        (lambda: softmax_attn(q, k, k, window=0, sp=sp), "softmax_attn: window must be at least 1.*given 0"),
+        (lambda: softmax_attn(q, k.double(), k, sp=sp), "softmax_attn: q, k and v must have one floating-point dtype"),
+        (lambda: softmax_attn(q[0], k, k, sp=sp), r"softmax_attn: q must be \[B, T, H, D\]"),
+        (
+            lambda: softmax_attn(q, k, k, window=3 if sp.rank else 4, sp=sp),
+            "the ranks disagree: rank .*softmax_attn.*window=[34]",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    still_works(sp)
+
+
+def test_wrong_inputs_of_the_convolution(sp: SequenceParallel) -> None:
+    x, weight = torch.zeros(1, sp.local_tokens, 6), torch.zeros(6, 4)
+    cases = [
+        (
+            lambda: causal_conv1d(x, weight[:5], sp=sp),
+            r"causal_conv1d: weight must be \[D, W\] = \[6, W\], given \[5, 4\]",
+        ),
+        (lambda: causal_conv1d(x, weight[:, :0], sp=sp), "causal_conv1d: weight must have at least one tap"),
+        (lambda: causal_conv1d(x, weight, torch.zeros(5), sp=sp), r"causal_conv1d: bias must be \[D\] = \[6\]"),
+        (lambda: causal_conv1d(x, weight, activation="gelu", sp=sp), "unknown activation='gelu': expected None, silu"),
+        (lambda: causal_conv1d(x[:, 1:], weight, sp=sp), "causal_conv1d: rank . was given 3 tokens"),
+        (lambda: causal_conv1d(x, weight[:, : 3 + (sp.rank == 2)], sp=sp), "the ranks disagree.*weight=\\[6, [34]\\]"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

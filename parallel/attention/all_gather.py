@@ -1,0 +1,72 @@
+"""LASP-2H's attention (https://arxiv.org/abs/2502.07563, Algorithm 7): every rank gathers all keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp.parallel.attention.local import attend, attend_backward
+from lasp.parallel.attention.mask import Mask, Span
+from lasp.parallel.collectives import all_gather_rows, reduce_scatter_rows
+from lasp.parallel.layout import SequenceLayout
+from lasp.parallel.sequence_parallel import SequenceParallel
+
+
+def all_gather_attention(
+    q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, causal: bool, window: int | None, scale: float
+) -> Tensor:
+    """Attention to the keys of all ranks: one all-gather forward; the same again and one reduce-scatter backward.
+
+    The gathered keys and values are not kept for the backward pass: memory grows with the sequence only within a layer.
+    Shapes are `lasp.ops.softmax_attn`'s.
+    """
+    output: Tensor = _AllGatherAttention.apply(q, k, v, sp, _mask(sp.layout, sp.rank, causal, window), scale)
+    return output
+
+
+class _AllGatherAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, mask: Mask, scale: float) -> Tensor:
+        o, lse = attend(q, *_gather(k, v, sp), mask, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.sp, ctx.mask, ctx.scale = sp, mask, scale
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        sp = ctx.sp
+        dq, dk, dv = attend_backward(do, o, lse, q, *_gather(k, v, sp), ctx.mask, ctx.scale)
+        # The same ranks' shares of one key, from all that saw it, are summed in float32 at least.
+        rows = torch.cat([dk, dv], dim=-1).to(torch.promote_types(k.dtype, torch.float32)).transpose(0, 1)
+        mine, work = reduce_scatter_rows(rows, sp.group)
+        work.wait()
+        dk, dv = mine[: k.shape[1]].transpose(0, 1).to(k.dtype).split([k.shape[-1], v.shape[-1]], dim=-1)
+        return dq, dk, dv, None, None, None
+
+
+def _gather(k: Tensor, v: Tensor, sp: SequenceParallel) -> tuple[Tensor, Tensor]:
+    """All ranks' keys and values ``[B, W · slots, Hk, D]``, rank after rank, each filled up to the longest's tokens."""
+    rows = torch.cat([k, v], dim=-1).transpose(0, 1)
+    missing = _slots(sp.layout) - rows.shape[0]
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+    gathered, work = all_gather_rows(rows, sp.group)
+    work.wait()
+    keys, values = gathered.transpose(0, 1).split([k.shape[-1], v.shape[-1]], dim=-1)
+    return keys, values
+
+
+def _slots(layout: SequenceLayout) -> int:
+    return max(layout.local_tokens(rank) for rank in range(layout.world_size))
+
+
+def _mask(layout: SequenceLayout, rank: int, causal: bool, window: int | None) -> Mask:
+    def build() -> Mask:
+        keys = [Span.of(layout, source, padded=_slots(layout)) for source in range(layout.world_size)]
+        return Mask(Span.of(layout, rank), Span.join(keys), causal, window)
+
+    mask: Mask = layout.cached(("gathered mask", rank, causal, window), build)
+    return mask

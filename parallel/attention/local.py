@@ -1,0 +1,154 @@
+"""Softmax attention on one device, by PyTorch's own kernels: SDPA's on the CPU, FlexAttention on a GPU.
+
+Attention over a part of the keys gives a part of the output and the log-sum-exp of its scores; `merge` joins parts, and the
+gradients of a part follow from the output and the log-sum-exp of the whole. That is all that ranks need to share a sequence
+(Ring Attention, https://arxiv.org/abs/2310.01889; the arithmetic is FlashAttention-2's, https://arxiv.org/abs/2307.08691).
+
+q is ``[B, Tq, H, D]``; k and v are ``[B, Tk, Hk, D]``, where Hk divides H; log-sum-exps are ``[B, H, Tq]``, natural.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from lasp.parallel.attention.mask import Mask
+
+_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    """The output ``[B, Tq, H, D]`` and the log-sum-exp. A query that sees no key gets 0 and −∞. Records no gradient."""
+    if mask.nothing:
+        return torch.zeros_like(q), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=wide(q.dtype))
+    if q.is_cuda:
+        with torch.no_grad():
+            return _flex(q, k, v, mask, scale)
+    options, blind = _cpu_mask(mask, q.dtype)
+    o, lse = _cpu(*(_heads_first(x, q.shape[2]) for x in (q, k, v)), 0.0, scale=scale, **options)
+    if blind is not None:
+        lse = lse.masked_fill(blind, -torch.inf)
+    return o.transpose(1, 2), lse
+
+
+def attend_backward(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v that go through these keys, when `o` and `lse` are those over all keys.
+
+    Args:
+        do: the gradient of the output.
+        o: the output over all keys that the queries see, in other parts too.
+        lse: the log-sum-exp over all those keys.
+        q: see the module.
+        k: see the module.
+        v: see the module.
+        mask: as in `attend`.
+        scale: as in `attend`.
+    """
+    if mask.nothing:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if q.is_cuda:
+        return _flex_backward(do, o, lse, q, k, v, mask, scale)
+    options, _ = _cpu_mask(mask, q.dtype)
+    heads, kv_heads = q.shape[2], k.shape[2]
+    given = (_heads_first(x, heads) for x in (do, q, k, v, o))
+    # A query that sees no key at all has no gradient, whatever stands in for its log-sum-exp.
+    finite = lse.masked_fill(lse == -torch.inf, 0)
+    dq, dk, dv = (x.transpose(1, 2) for x in _cpu_backward(*given, finite, 0.0, scale=scale, **options))
+    if heads != kv_heads:
+        dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """The output where this rank holds all keys, with gradients."""
+    if q.is_cuda and not mask.nothing:
+        return _flex(q, k, v, mask, scale)[0]
+    output: Tensor = _Attention.apply(q, k, v, mask, scale)
+    return output
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        o, lse = attend(q, k, v, mask, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.mask, ctx.scale = mask, scale
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        return *attend_backward(do, o, lse, q, k, v, ctx.mask, ctx.scale), None, None
+
+
+def merge(o: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join the outputs over two disjoint parts of the keys; in `o`'s dtype, float32 at least if no digits shall be lost."""
+    both = torch.logaddexp(lse, other_lse)
+    # Where neither part sees a key, both is −∞ and the weights are those of exp(−∞).
+    base = both.masked_fill(both == -torch.inf, 0)
+    weight, other_weight = ((x - base).exp().transpose(1, 2).unsqueeze(-1) for x in (lse, other_lse))
+    return o * weight + other * other_weight, both
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 at least: what log-sum-exps and sums over parts are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    """``[B, T, Hk, D]`` to ``[B, H, T, D]``, each head of keys or values repeated for the queries that share it."""
+    x = x.transpose(1, 2)
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _cpu_mask(mask: Mask, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor | None]:
+    """The mask as arguments of the CPU kernel, and the queries that see no key where there may be any."""
+    if mask.everything:
+        return {"is_causal": False}, None
+    if mask.triangular:
+        return {"is_causal": True}, None
+    bias, blind = mask.additive(dtype)
+    return {"is_causal": False, "attn_mask": bias}, blind
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    o, aux = _flex_attention(q.dtype)(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        block_mask=mask.blocks(q.device),
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+        return_aux=AuxRequest(lse=True),
+    )
+    return o.transpose(1, 2), aux.lse
+
+
+@cache
+def _flex_attention(dtype: torch.dtype) -> Any:
+    """Compiled, but for float64, which only its definition knows."""
+    return flex_attention if dtype == torch.float64 else torch.compile(flex_attention)
+
+
+def _flex_backward(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By FlexAttention's own backward, which knows of these keys alone: its gradients are asked for as the whole weighs them.
+
+    ``o = Σ w_i o_i`` with ``w_i = exp(lse_i − lse)`` over the parts i, so ``do_i = w_i do`` and
+    ``dlse_i = w_i do · (o_i − o)``.
+    """
+    leaves = q, k, v = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        o_i, lse_i = _flex(q, k, v, mask, scale)
+    base = lse.masked_fill(lse == -torch.inf, 0)
+    weight = (lse_i.detach() - base).exp()
+    dlse = weight * (do * (o_i.detach() - o)).to(weight.dtype).sum(-1).transpose(1, 2)
+    do_i = (do * weight.transpose(1, 2).unsqueeze(-1)).to(o_i.dtype)
+    dq, dk, dv = torch.autograd.grad([o_i, lse_i], leaves, [do_i, dlse.to(lse_i.dtype)])
+    return dq, dk, dv

@@ -1,0 +1,165 @@
+"""Which keys each query sees, from the position and the document of every token: for any layout, window and packing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from lasp.parallel.layout import SequenceLayout
+
+#: FlexAttention's block: queries and keys are looked at, and skipped, this many at a time.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens as a mask sees them.
+
+    Attributes:
+        position: of each token in the packed sequence, int64 ``[T]``, on the CPU.
+        document: of each token; -1 for padding, which nobody sees.
+    """
+
+    position: Tensor
+    document: Tensor
+
+    @classmethod
+    def of(cls, layout: SequenceLayout, rank: int, padded: int | None = None) -> Span:
+        """The tokens of one rank, followed by padding up to `padded`."""
+        position, document = layout.positions(rank), layout.documents(rank)
+        missing = 0 if padded is None else padded - len(position)
+        return cls(
+            torch.cat([position, position.new_zeros(missing)]), torch.cat([document, document.new_full((missing,), -1)])
+        )
+
+    @classmethod
+    def join(cls, spans: list[Span]) -> Span:
+        """The tokens of several spans, one after the other."""
+        return cls(torch.cat([s.position for s in spans]), torch.cat([s.document for s in spans]))
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A query sees the keys of its document that are in reach.
+
+    Attributes:
+        queries: the queries' tokens.
+        keys: the keys' tokens.
+        causal: whether only keys up to the query itself are seen.
+        window: how far a query sees: keys less than `window` tokens away; None for all.
+    """
+
+    queries: Span
+    keys: Span
+    causal: bool
+    window: int | None
+    _on: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def _visible(self) -> tuple[Tensor, Tensor]:
+        """Of each block of queries × each block of keys ``[Nq, Nk]``: whether some pair may be seen, whether all are."""
+        (q_low, q_high), (k_low, k_high) = _bounds(self.queries.position), _bounds(self.keys.position)
+        (qd_low, qd_high), (kd_low, kd_high) = _bounds(self.queries.document), _bounds(self.keys.document)
+        some = (kd_low <= qd_high[:, None]) & (kd_high >= qd_low[:, None])
+        every = (kd_low == kd_high) & (kd_low == qd_low[:, None]) & (kd_high == qd_high[:, None])
+        if self.causal:
+            some &= k_low <= q_high[:, None]
+            every &= k_high <= q_low[:, None]
+        if self.window is not None:
+            some &= q_low[:, None] - k_high < self.window
+            every &= q_high[:, None] - k_low < self.window
+            if not self.causal:
+                some &= k_low - q_high[:, None] < self.window
+                every &= k_high - q_low[:, None] < self.window
+        return some, every
+
+    @cached_property
+    def nothing(self) -> bool:
+        """Whether no query may see a key: there is nothing to compute."""
+        return not bool(self._visible[0].any())
+
+    @cached_property
+    def everything(self) -> bool:
+        """Whether every query sees every key: there is nothing to mask."""
+        return len(self.queries) > 0 and len(self.keys) > 0 and bool(self._visible[1].all())
+
+    @cached_property
+    def triangular(self) -> bool:
+        """Whether query i sees keys 0 to i, as where one rank holds one document whole."""
+        return (
+            self.causal
+            and self.window is None
+            and len(self.queries) == len(self.keys)
+            and bool((self.queries.document == self.queries.document[:1]).all())
+            and torch.equal(self.queries.document, self.keys.document)
+            and torch.equal(self.queries.position, self.keys.position)
+            and bool((self.queries.position.diff() > 0).all())
+        )
+
+    def sees(self, query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
+        """Whether queries at (position, document) see keys at (position, document), by broadcasting."""
+        distance = query[0] - key[0]
+        seen = query[1] == key[1]
+        if self.causal:
+            seen = seen & (distance >= 0)
+        if self.window is not None:
+            seen = seen & (distance < self.window)
+            if not self.causal:
+                seen = seen & (-distance < self.window)
+        return seen
+
+    def additive(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """0 where a query sees a key and −∞ where not ``[Tq, Tk]``; and the queries that see no key ``[Tq]``. On the CPU."""
+        if dtype not in self._on:
+            q, k = self.queries, self.keys
+            seen = self.sees((q.position[:, None], q.document[:, None]), (k.position, k.document))
+            bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+            self._on[dtype] = bias, ~seen.any(dim=1)
+        bias, blind = self._on[dtype]
+        return bias, blind
+
+    def blocks(self, device: torch.device) -> BlockMask:
+        """For FlexAttention. Which blocks are computed follows from their bounds: never a table of tokens × tokens."""
+        if device not in self._on:
+            some, every = (x.to(device, copy=True) for x in self._visible)
+            # A block that the tokens do not fill is masked like one that is seen in part.
+            if len(self.queries) % BLOCK:
+                every[-1] = False
+            if len(self.keys) % BLOCK:
+                every[:, -1] = False
+            partial = some & ~every
+            q, k = ((s.position.to(device), s.document.to(device)) for s in (self.queries, self.keys))
+
+            def mask_mod(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return self.sees((q[0][i], q[1][i]), (k[0][j], k[1][j]))
+
+            self._on[device] = BlockMask.from_kv_blocks(
+                *_rows_of_blocks(partial),
+                *_rows_of_blocks(every),
+                BLOCK_SIZE=BLOCK,
+                mask_mod=mask_mod,
+                seq_lengths=(len(self.queries), len(self.keys)),
+            )
+        blocks: BlockMask = self._on[device]
+        return blocks
+
+
+def _bounds(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of each block of x ``[T]``."""
+    filled = torch.cat([x, x[-1:].expand(-len(x) % BLOCK)]).view(-1, BLOCK)
+    return filled.amin(1), filled.amax(1)
+
+
+def _rows_of_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries takes, and which come first: int32 ``[1, 1, Nq]``, ``[1, 1, Nq, Nk]``."""
+    counts = chosen.sum(1, dtype=torch.int32)
+    order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return counts[None, None].contiguous(), order[None, None].contiguous()
