@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lasp.ops.inputs import CuSeqlens, agree, check_axes, check_tokens, describe, needs_gradient, sequence_of
 from lasp.parallel import SequenceParallel
-from lasp.parallel.attention import attention
+from lasp.parallel.attention import Reach, attention
 
 
 def softmax_attn(
@@ -70,4 +70,4 @@ def softmax_attn(
         f"gradient={needs_gradient(q, k, v)})",
         check,
     )
-    return attention(q, k, v, seq, causal, window, q.shape[-1] ** -0.5 if scale is None else scale)
+    return attention(q, k, v, seq, Reach.of(causal, window), q.shape[-1] ** -0.5 if scale is None else scale)

@@ -8,21 +8,19 @@ import torch
 from torch import Tensor
 
 from lasp.parallel.attention.local import attend, attend_backward
-from lasp.parallel.attention.mask import Mask, Span
+from lasp.parallel.attention.mask import Mask, Reach, Span
 from lasp.parallel.collectives import all_gather_rows, reduce_scatter_rows
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
-def all_gather_attention(
-    q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, causal: bool, window: int | None, scale: float
-) -> Tensor:
+def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reach, scale: float) -> Tensor:
     """Attention to the keys of all ranks: one all-gather forward; the same again and one reduce-scatter backward.
 
     The gathered keys and values are not kept for the backward pass: memory grows with the sequence only within a layer.
     Shapes are `lasp.ops.softmax_attn`'s.
     """
-    output: Tensor = _AllGatherAttention.apply(q, k, v, sp, _mask(sp.layout, sp.rank, causal, window), scale)
+    output: Tensor = _AllGatherAttention.apply(q, k, v, sp, _mask(sp.layout, sp.rank, reach), scale)
     return output
 
 
@@ -63,10 +61,10 @@ def _slots(layout: SequenceLayout) -> int:
     return max(layout.local_tokens(rank) for rank in range(layout.world_size))
 
 
-def _mask(layout: SequenceLayout, rank: int, causal: bool, window: int | None) -> Mask:
+def _mask(layout: SequenceLayout, rank: int, reach: Reach) -> Mask:
     def build() -> Mask:
         keys = [Span.of(layout, source, padded=_slots(layout)) for source in range(layout.world_size)]
-        return Mask(Span.of(layout, rank), Span.join(keys), causal, window)
+        return Mask(Span.of(layout, rank), Span.join(keys), reach)
 
-    mask: Mask = layout.cached(("gathered mask", rank, causal, window), build)
+    mask: Mask = layout.cached(("gathered mask", rank, reach), build)
     return mask

@@ -13,10 +13,14 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from lasp.parallel.attention.mask import Mask
+
+#: The narrowest head that FlexAttention's kernels take; narrower ones are filled up with zeros.
+NARROWEST = 16
 
 _cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -68,6 +72,10 @@ def attend_backward(
 
 def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """The output where this rank holds all keys, with gradients."""
+    if mask.triangular:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
     if q.is_cuda and not mask.nothing:
         return _flex(q, k, v, mask, scale)[0]
     output: Tensor = _Attention.apply(q, k, v, mask, scale)
@@ -119,6 +127,9 @@ def _cpu_mask(mask: Mask, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor | 
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    width = q.shape[-1]
+    if width < NARROWEST:
+        q, k, v = (F.pad(x, (0, NARROWEST - width)) for x in (q, k, v))
     o, aux = _flex_attention(q.dtype)(
         *(x.transpose(1, 2) for x in (q, k, v)),
         block_mask=mask.blocks(q.device),
@@ -126,13 +137,19 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Te
         enable_gqa=q.shape[2] != k.shape[2],
         return_aux=AuxRequest(lse=True),
     )
-    return o.transpose(1, 2), aux.lse
+    return o[..., :width].transpose(1, 2), aux.lse
 
 
 @cache
 def _flex_attention(dtype: torch.dtype) -> Any:
-    """Compiled, but for float64, which only its definition knows."""
-    return flex_attention if dtype == torch.float64 else torch.compile(flex_attention)
+    """Compiled, but for float64, which only its definition knows.
+
+    Past a number of shapes the compiler gives up, and the definition holds a table of all queries × keys: with `fullgraph`
+    that is an error and no silent loss of memory, and the number is one that no training comes to.
+    """
+    if dtype == torch.float64:
+        return flex_attention
+    return torch._dynamo.config.patch(recompile_limit=256)(torch.compile(flex_attention, fullgraph=True))
 
 
 def _flex_backward(

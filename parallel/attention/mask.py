@@ -46,6 +46,20 @@ class Span:
         return len(self.position)
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far a query sees: keys at a distance (its position less theirs) of at least `low` and less than `high`."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, causal: bool, window: int | None) -> Reach:
+        """Up to the query itself if causal; less than `window` tokens away if there is one."""
+        far = 2**62 if window is None else window
+        return cls(0 if causal else 1 - far, far)
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """A query sees the keys of its document that are in reach.
@@ -53,14 +67,12 @@ class Mask:
     Attributes:
         queries: the queries' tokens.
         keys: the keys' tokens.
-        causal: whether only keys up to the query itself are seen.
-        window: how far a query sees: keys less than `window` tokens away; None for all.
+        reach: how far a query sees.
     """
 
     queries: Span
     keys: Span
-    causal: bool
-    window: int | None
+    reach: Reach
     _on: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -70,15 +82,9 @@ class Mask:
         (qd_low, qd_high), (kd_low, kd_high) = _bounds(self.queries.document), _bounds(self.keys.document)
         some = (kd_low <= qd_high[:, None]) & (kd_high >= qd_low[:, None])
         every = (kd_low == kd_high) & (kd_low == qd_low[:, None]) & (kd_high == qd_high[:, None])
-        if self.causal:
-            some &= k_low <= q_high[:, None]
-            every &= k_high <= q_low[:, None]
-        if self.window is not None:
-            some &= q_low[:, None] - k_high < self.window
-            every &= q_high[:, None] - k_low < self.window
-            if not self.causal:
-                some &= k_low - q_high[:, None] < self.window
-                every &= k_high - q_low[:, None] < self.window
+        nearest, furthest = q_low[:, None] - k_high, q_high[:, None] - k_low
+        some &= (nearest < self.reach.high) & (furthest >= self.reach.low)
+        every &= (nearest >= self.reach.low) & (furthest < self.reach.high)
         return some, every
 
     @cached_property
@@ -95,8 +101,7 @@ class Mask:
     def triangular(self) -> bool:
         """Whether query i sees keys 0 to i, as where one rank holds one document whole."""
         return (
-            self.causal
-            and self.window is None
+            self.reach == Reach.of(causal=True, window=None)
             and len(self.queries) == len(self.keys)
             and bool((self.queries.document == self.queries.document[:1]).all())
             and torch.equal(self.queries.document, self.keys.document)
@@ -104,23 +109,12 @@ class Mask:
             and bool((self.queries.position.diff() > 0).all())
         )
 
-    def sees(self, query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
-        """Whether queries at (position, document) see keys at (position, document), by broadcasting."""
-        distance = query[0] - key[0]
-        seen = query[1] == key[1]
-        if self.causal:
-            seen = seen & (distance >= 0)
-        if self.window is not None:
-            seen = seen & (distance < self.window)
-            if not self.causal:
-                seen = seen & (-distance < self.window)
-        return seen
-
     def additive(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """0 where a query sees a key and −∞ where not ``[Tq, Tk]``; and the queries that see no key ``[Tq]``. On the CPU."""
         if dtype not in self._on:
             q, k = self.queries, self.keys
-            seen = self.sees((q.position[:, None], q.document[:, None]), (k.position, k.document))
+            distance = q.position[:, None] - k.position
+            seen = (q.document[:, None] == k.document) & (distance >= self.reach.low) & (distance < self.reach.high)
             bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
             self._on[dtype] = bias, ~seen.any(dim=1)
         bias, blind = self._on[dtype]
@@ -136,10 +130,15 @@ class Mask:
             if len(self.keys) % BLOCK:
                 every[:, -1] = False
             partial = some & ~every
-            q, k = ((s.position.to(device), s.document.to(device)) for s in (self.queries, self.keys))
+            (q, q_document), (k, k_document) = (
+                (s.position.to(device), s.document.to(device)) for s in (self.queries, self.keys)
+            )
+            # Tensors, not numbers: one compiled kernel serves every reach.
+            low, high = torch.tensor([self.reach.low, self.reach.high], device=device)
 
             def mask_mod(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return self.sees((q[0][i], q[1][i]), (k[0][j], k[1][j]))
+                distance = q[i] - k[j]
+                return (q_document[i] == k_document[j]) & (distance >= low) & (distance < high)
 
             self._on[device] = BlockMask.from_kv_blocks(
                 *_rows_of_blocks(partial),

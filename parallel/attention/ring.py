@@ -14,16 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.parallel.attention.local import attend, attend_backward, merge, wide
-from lasp.parallel.attention.mask import Mask, Span
+from lasp.parallel.attention.mask import Mask, Reach, Span
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, causal: bool, window: int | None, scale: float
-) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reach, scale: float) -> Tensor:
     """Attention to the keys of all ranks, of which a rank holds two blocks at a time. Shapes are `lasp.ops.softmax_attn`'s."""
-    output: Tensor = _RingAttention.apply(q, k, v, sp, causal, window, scale)
+    output: Tensor = _RingAttention.apply(q, k, v, sp, reach, scale)
     return output
 
 
@@ -35,8 +33,7 @@ class _RingAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sp: SequenceParallel,
-        causal: bool,
-        window: int | None,
+        reach: Reach,
         scale: float,
     ) -> Tensor:
         block = torch.cat([k, v], dim=-1)
@@ -45,7 +42,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(sp.world_size):
             source = (sp.rank - step) % sp.world_size
             hop = _Hop(block, source, sp) if step + 1 < sp.world_size else None
-            mask = _mask(sp.layout, sp.rank, source, causal, window)
+            mask = _mask(sp.layout, sp.rank, source, reach)
             if not mask.nothing:
                 keys, values = block.split([k.shape[-1], v.shape[-1]], dim=-1)
                 o, lse = merge(o, lse, *attend(q, keys, values, mask, scale))
@@ -53,7 +50,7 @@ class _RingAttention(torch.autograd.Function):
                 block = hop.wait()
         o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.sp, ctx.causal, ctx.window, ctx.scale = sp, causal, window, scale
+        ctx.sp, ctx.reach, ctx.scale = sp, reach, scale
         return o
 
     @staticmethod
@@ -67,7 +64,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(sp.world_size):
             source = (sp.rank - step) % sp.world_size
             hop = _Hop(block, source, sp) if step + 1 < sp.world_size else None
-            mask = _mask(sp.layout, sp.rank, source, ctx.causal, ctx.window)
+            mask = _mask(sp.layout, sp.rank, source, ctx.reach)
             share = None
             if not mask.nothing:
                 keys, values = block.split(widths, dim=-1)
@@ -81,7 +78,7 @@ class _RingAttention(torch.autograd.Function):
                 block = hop.wait()
         assert homing is not None
         dk, dv = homing.wait().to(k.dtype).split(widths, dim=-1)
-        return dq.to(q.dtype), dk, dv, None, None, None, None
+        return dq.to(q.dtype), dk, dv, None, None, None
 
 
 class _Hop:
@@ -111,9 +108,9 @@ class _Hop:
         return self.received
 
 
-def _mask(layout: SequenceLayout, rank: int, source: int, causal: bool, window: int | None) -> Mask:
+def _mask(layout: SequenceLayout, rank: int, source: int, reach: Reach) -> Mask:
     mask: Mask = layout.cached(
-        ("ring mask", rank, source, causal, window),
-        lambda: Mask(Span.of(layout, rank), Span.of(layout, source), causal, window),
+        ("ring mask", rank, source, reach),
+        lambda: Mask(Span.of(layout, rank), Span.of(layout, source), reach),
     )
     return mask

@@ -1,9 +1,10 @@
-"""The linear ops on GPU tensors over NCCL. Four ranks share one device: right for correctness, useless for timing."""
+"""The ops on GPU tensors over NCCL. Four ranks share one device: right for correctness, useless for timing."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lasp import SequenceParallel
+from lasp.parallel.sequence_parallel import SOFTMAX
+from tests.parallel import test_attention, test_convolution
 from tests.parallel.test_linear import OPS, TOLERANCE, run
 from tests.support import DOCUMENTS, LAYOUTS, TOKENS, assert_close
 
@@ -23,24 +26,54 @@ def _port() -> int:
         return s.getsockname()[1]
 
 
-def _rank(rank: int, world: int, port: int) -> None:
+def _rank(rank: int, world: int, port: int, check: Callable[[int], None]) -> None:
     # NCCL takes ranks on one device for a mistake unless they seem to be on different hosts.
     os.environ |= {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     try:
-        for op in OPS:
-            for name, layout in LAYOUTS.items():
-                for documents, cu_seqlens in DOCUMENTS.items():
-                    sp = SequenceParallel(dist.group.WORLD, layout(TOKENS, world, cu_seqlens))
-                    for dtype, tolerance in TOLERANCE.items():
-                        given, wanted = run(op, sp, documents, dtype, True, True, device="cuda")
-                        assert all(x.is_cuda for x in given.values()), (op, name)
-                        assert_close(given, wanted, tolerance)
+        check(world)
     finally:
         dist.destroy_process_group()
 
 
+def _linear(world: int) -> None:
+    for op in OPS:
+        for layout in LAYOUTS.values():
+            for documents, cu_seqlens in DOCUMENTS.items():
+                sp = SequenceParallel(dist.group.WORLD, layout(TOKENS, world, cu_seqlens))
+                for dtype, tolerance in TOLERANCE.items():
+                    _check(run(op, sp, documents, dtype, True, True, device="cuda"), tolerance)
+
+
+def _softmax(world: int) -> None:
+    for softmax in SOFTMAX:
+        for name, layout in LAYOUTS.items():
+            for documents, cu_seqlens in DOCUMENTS.items():
+                sp = SequenceParallel(dist.group.WORLD, layout(TOKENS, world, cu_seqlens), softmax=softmax)
+                for seen in test_attention.SEEN:
+                    _check(test_attention.run(sp, documents, torch.float64, seen, device="cuda"), 1e-10)
+                # float32 is compiled, for each shape anew.
+                if (name, documents) == ("table", "packed"):
+                    _check(test_attention.run(sp, documents, torch.float32, "causal", device="cuda"), 1e-5)
+
+
+def _convolution(world: int) -> None:
+    for layout in LAYOUTS.values():
+        for documents, cu_seqlens in DOCUMENTS.items():
+            sp = SequenceParallel(dist.group.WORLD, layout(TOKENS, world, cu_seqlens))
+            for dtype, tolerance in TOLERANCE.items():
+                for taps in test_convolution.TAPS:
+                    _check(test_convolution.run(sp, documents, dtype, taps, "silu", device="cuda"), tolerance)
+
+
+def _check(results: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]], tolerance: float) -> None:
+    given, wanted = results
+    assert all(x.is_cuda for x in given.values())
+    assert_close(given, wanted, tolerance)
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_op_on_every_layout(world: int) -> None:
-    mp.spawn(_rank, (world, _port()), nprocs=world)
+@pytest.mark.parametrize("check", [_linear, _softmax, _convolution])
+def test_every_op_on_every_layout(world: int, check: Callable[[int], None]) -> None:
+    mp.spawn(_rank, (world, _port(), check), nprocs=world)
