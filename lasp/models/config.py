@@ -1,0 +1,102 @@
+"""The shape of a model: one frozen dataclass, and the sizes that have names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lasp.layers.features import feature_map
+from lasp.layers.linear import mixer_type
+from lasp.layers.mixer import head_width
+
+#: What a letter of a layer pattern stands for.
+PATTERN = {"L": "the linear mixer", "N": "softmax attention"}
+
+
+@dataclass(frozen=True)
+class LinearLlama3Config:
+    """Linear-Llama3 (LASP-2, https://arxiv.org/abs/2502.07563, section 4): Llama 3 with linear mixers for most layers.
+
+    Attributes:
+        vocabulary: how many tokens there are.
+        hidden: width of the model.
+        layers: how many layers.
+        heads: heads of every mixer; they divide `hidden`.
+        kv_heads: heads of the softmax layers' keys and values; they divide `heads`, which they are when None.
+        intermediate: width of the MLP.
+        pattern: a letter a layer, repeated over the depth: L is the linear mixer, N softmax attention ("normal").
+        mixer: the linear mixer, a name in `lasp.layers.MIXERS`.
+        feature_map: of the linear mixer, a name in `lasp.layers.FEATURE_MAPS`; the mixer's own when None.
+        conv_size: width of the linear mixer's short convolution; 0 for none.
+        window: how many tokens a softmax layer's token sees; all when None.
+        rope_theta: base of the rotary positions.
+        norm_eps: of all norms.
+        tied: whether the output head is the embedding.
+
+    Raises:
+        ValueError: where sizes do not divide or a name is unknown.
+    """
+
+    vocabulary: int = 256
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    intermediate: int = 384
+    pattern: str = "LLLN"
+    mixer: str = "gla"
+    feature_map: str | None = None
+    conv_size: int = 0
+    window: int | None = None
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-5
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "hidden", "layers", "heads", "intermediate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, given {getattr(self, name)}")
+        if head_width(self.hidden, self.heads) % 2:
+            raise ValueError(
+                f"heads={self.heads} leave hidden={self.hidden} an odd head width: rotary positions need an even one"
+            )
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        if not self.pattern or set(self.pattern) - PATTERN.keys():
+            known = ", ".join(f"{letter} ({meaning})" for letter, meaning in PATTERN.items())
+            raise ValueError(f"pattern={self.pattern!r} must be made of the letters {known}")
+        if self.conv_size < 0 or (self.window is not None and self.window < 1):
+            raise ValueError(
+                f"conv_size must be at least 0 and window at least 1, given {self.conv_size}, {self.window}"
+            )
+        mixer_type(self.mixer)
+        if self.feature_map is not None:
+            feature_map(self.feature_map)
+
+    @property
+    def kinds(self) -> str:
+        """The letter of each layer: the pattern, repeated to the depth."""
+        return (self.pattern * self.layers)[: self.layers]
+
+
+#: The sizes that have names, as ``--preset`` takes them.
+PRESETS = {
+    # Bytes, about a million parameters: what two CPU cores train in a couple of minutes.
+    "tiny": LinearLlama3Config(),
+    # Bytes, about 40 million parameters.
+    "small": LinearLlama3Config(hidden=512, layers=12, heads=8, intermediate=1408),
+    # The paper's, with Llama 3's vocabulary: 1.1 billion parameters, of which 263 million embed. Tied, as Llama 3.2 1B is.
+    "linear-llama3-1b": LinearLlama3Config(
+        vocabulary=128256, hidden=2048, layers=16, heads=16, intermediate=5504, tied=True
+    ),
+}
+
+
+def preset(name: str) -> LinearLlama3Config:
+    """The configuration of that name.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset={name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

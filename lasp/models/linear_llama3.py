@@ -1,0 +1,114 @@
+"""Linear-Llama3: pre-norm blocks of a token mixer and a SwiGLU MLP, in a pattern of linear and softmax layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.layers.linear import mixer_type
+from lasp.layers.norm import RMSNorm
+from lasp.layers.softmax import SoftmaxAttention
+from lasp.models.config import LinearLlama3Config
+from lasp.ops.inputs import CuSeqlens
+from lasp.parallel import SequenceParallel
+
+
+class SwiGLU(nn.Module):
+    """``W_down (silu(W_gate x) · W_up x)``, https://arxiv.org/abs/2002.05202."""
+
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: ``[..., hidden]``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: LinearLlama3Config, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.mixer = _mixer(config, layer_idx)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden, config.intermediate)
+
+    def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
+        """x: ``[B, T, hidden]``."""
+        x = x + self.mixer(self.mixer_norm(x), sp=sp, cu_seqlens=cu_seqlens)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def _mixer(config: LinearLlama3Config, layer_idx: int) -> nn.Module:
+    if config.kinds[layer_idx] == "N":
+        return SoftmaxAttention(
+            config.hidden,
+            config.heads,
+            kv_heads=config.kv_heads,
+            window=config.window,
+            rope_theta=config.rope_theta,
+        )
+    return mixer_type(config.mixer)(
+        config.hidden,
+        config.heads,
+        layer_idx=layer_idx,
+        num_layers=config.layers,
+        feature_map=config.feature_map,
+        conv_size=config.conv_size,
+        rope_theta=config.rope_theta,
+        norm_eps=config.norm_eps,
+    )
+
+
+class LinearLlama3(nn.Module):
+    """The model of LASP-2's experiments, https://arxiv.org/abs/2502.07563, section 4, pure or hybrid by its pattern.
+
+    Initialised as GPT-2 is: weights normal with deviation 0.02, those that write to the residual stream (every mixer's
+    ``o_proj``, every MLP's ``down_proj``) divided by ``√(2 · layers)``, biases 0, norms 1; short convolutions keep their own.
+
+    Args:
+        config: its shape.
+    """
+
+    def __init__(self, config: LinearLlama3Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.hidden)
+        self.blocks = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=0.02 / ((2 * self.config.layers) ** 0.5 if residual else 1))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def features(self, tokens: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
+        """What the head reads: ``[B, T, hidden]`` from tokens ``[B, T]``, this rank's."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, sp=sp, cu_seqlens=cu_seqlens)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
+        """The logits of each token's successor.
+
+        Args:
+            tokens: ``[B, T]``, this rank's.
+            sp: the ranks that share the sequence, and its documents.
+            cu_seqlens: the boundaries of packed documents, where there is no `sp`.
+
+        Returns:
+            ``[B, T, vocabulary]``.
+        """
+        return self.head(self.features(tokens, sp, cu_seqlens))

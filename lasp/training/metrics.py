@@ -1,0 +1,95 @@
+"""What a run tells: a row a step in metrics.jsonl, a progress bar, a closing line and a plot of the loss. By rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step.
+
+    Attributes:
+        step: its number, from 1.
+        loss: mean cross entropy of its targets, over all ranks.
+        grad_norm: global norm of the gradient before clipping.
+        tokens: how many tokens the run has trained on, this step included.
+        tokens_per_second: over all ranks, since the last reading.
+        lr: learning rate.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    lr: float
+
+
+class Metrics:
+    """Where the rows go.
+
+    Args:
+        directory: gets ``metrics.jsonl``.
+        done: steps already done; their rows stay, later ones are dropped: the run has gone back to a checkpoint.
+        steps: how many steps the run has.
+    """
+
+    def __init__(self, directory: Path, done: int, steps: int):
+        self.path = directory / "metrics.jsonl"
+        kept = [row for row in read_rows(self.path) if row.step <= done] if done else []
+        self.path.write_text("".join(_line(row) for row in kept))
+        self.rows = kept
+        self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
+        self.began = time.perf_counter()
+
+    def write(self, rows: list[Row]) -> None:
+        """Append rows and show the last."""
+        with self.path.open("a") as file:
+            file.writelines(_line(row) for row in rows)
+        self.rows += rows
+        self.bar.set_postfix_str(f"loss {rows[-1].loss:.3f}, {_thousands(rows[-1].tokens_per_second)} tokens/s")
+
+    def close(self) -> str:
+        """End the bar, draw the plot where matplotlib is installed, and return the closing line."""
+        self.bar.close()
+        seconds = time.perf_counter() - self.began
+        first, last = self.rows[0], self.rows[-1]
+        plot = _plot(self.rows, self.path.with_name("loss.png"))
+        return (
+            f"loss {first.loss:.2f} → {last.loss:.2f} in {seconds:.0f} s, {last.tokens:,} tokens, "
+            f"{_thousands(last.tokens_per_second)} tokens/s; metrics in {self.path}"
+            + (f", plot in {plot}" if plot else "")
+        )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a ``metrics.jsonl``; none where there is no file."""
+    return [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row)) + "\n"
+
+
+def _thousands(x: float) -> str:
+    return f"{x / 1000:.1f}k" if x >= 1000 else f"{x:.0f}"
+
+
+def _plot(rows: list[Row], path: Path) -> Path | None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats a token)")
+    axes.plot([row.tokens for row in rows], [row.loss for row in rows], linewidth=1)
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(str(path))
+    return path

@@ -1,0 +1,193 @@
+"""What a run may be told. The command line is made of these fields: `sp_size` is ``--sp-size``, the docstring its help."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lasp.layers import FEATURE_MAPS, MIXERS
+from lasp.models import PRESETS, LinearLlama3Config
+from lasp.parallel import SequenceLayout
+from lasp.parallel.exchange import EXCHANGES
+from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
+from lasp.training.data import TOKENIZERS
+
+#: Who holds which tokens of a sequence, as ``--layout`` takes it.
+LAYOUTS = {
+    "contiguous": SequenceLayout.contiguous,
+    "zigzag": SequenceLayout.zigzag,
+    "zigzag-per-document": SequenceLayout.zigzag_per_document,
+}
+#: What the matrix products are computed in, as ``--dtype`` takes it.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pretrain Linear-Llama3, pure or hybrid, with its sequences shared among ranks.
+
+    torchrun --nproc-per-node 4 pretrain.py --sp lasp2
+    """
+
+    preset: str = "tiny"
+    """Size of the model: tiny (1M parameters, for CPUs), small (40M), linear-llama3-1b (the paper's)."""
+    mixer: str | None = None
+    """Token mixer of the linear layers: basic, lightning, retention, simple_gla, gla, hgrn2. The preset's if not given."""
+    pattern: str | None = None
+    """A letter a layer, repeated over the depth: L linear, N softmax ("normal"), as in LLLN. The preset's if not given."""
+    feature_map: str | None = None
+    """Of the linear mixer's queries and keys: identity, elu, relu, silu, softmax, taylor. The mixer's own if not given."""
+    layers: int | None = None
+    """How many layers. The preset's if not given."""
+    hidden: int | None = None
+    """Width of the model. The preset's if not given."""
+    heads: int | None = None
+    """Heads of every token mixer; they divide the width. The preset's if not given."""
+    kv_heads: int | None = None
+    """Heads of the softmax layers' keys and values; they divide the heads. The preset's if not given."""
+    intermediate: int | None = None
+    """Width of the MLP. The preset's if not given."""
+    conv_size: int | None = None
+    """Width of the linear mixer's short convolution; 0 for none. The preset's if not given."""
+    window: int | None = None
+    """How many tokens a token of a softmax layer sees. All before it if not given."""
+
+    sp: str = "lasp2"
+    """Method of sequence parallelism: lasp2, or none for data parallelism alone."""
+    sp_size: int | None = None
+    """How many consecutive ranks share a sequence; the other ranks take other sequences. All ranks if not given."""
+    layout: str = "contiguous"
+    """Who holds which tokens of a sequence: contiguous, zigzag (balances causal softmax), zigzag-per-document."""
+    exchange: str = "auto"
+    """How the linear layers' states travel between ranks: auto (the method's own) or all-gather."""
+    softmax_sp: str = "auto"
+    """How the softmax layers' keys and values travel: auto (the method's own), all-gather or ring."""
+
+    data: Path | None = None
+    """A text file, or a directory of text files. The sources of Python's standard library if not given."""
+    tokenizer: str = "bytes"
+    """How text becomes tokens: bytes."""
+    seq_len: int = 1024
+    """Tokens of a sequence."""
+    batch_size: int = 4
+    """Sequences a step, over all ranks; the data-parallel ranks divide it."""
+
+    steps: int = 300
+    """How many steps to train, those before a resumed checkpoint included."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW; it falls along a cosine to a tenth at the last step."""
+    warmup: int = 20
+    """Steps over which the learning rate rises to its peak."""
+    weight_decay: float = 0.1
+    """Of AdamW, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
+    dtype: str = "float32"
+    """What the matrix products are computed in: float32 or bfloat16. Weights, norms and gates are float32 in both."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, or auto for cuda where there is one."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+
+    out: Path = Path("runs/pretrain")
+    """Directory for metrics.jsonl, the plot and the checkpoint."""
+    resume: str | None = None
+    """Continue from a checkpoint: its path, or auto for the one in --out where there is one."""
+    log_interval: int = 10
+    """Steps between two readings of the loss from the device. metrics.jsonl has every step in any case."""
+    checkpoint_interval: int = 1000
+    """Steps between two checkpoints; the last step writes one in any case."""
+
+    def model(self) -> LinearLlama3Config:
+        """The preset, with what was given in its place."""
+        given = {
+            field.name: getattr(self, field.name)
+            for field in fields(LinearLlama3Config)
+            if getattr(self, field.name, None) is not None
+        }
+        return replace(PRESETS[self.preset], **given)
+
+    def ranks_of_a_sequence(self, world_size: int) -> int:
+        """How many ranks share a sequence."""
+        if self.sp == "none":
+            return 1
+        return world_size if self.sp_size is None else self.sp_size
+
+    def device_type(self) -> str:
+        """Where to train: ``"cpu"`` or ``"cuda"``."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    def check(self, world_size: int) -> None:
+        """Raise unless all of it can run on that many ranks. Needs neither other ranks nor a device.
+
+        Raises:
+            ValueError: naming the option that cannot.
+        """
+        for name, known in _choices().items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"{_flag(name)} {value}: unknown, expected one of {', '.join(known)}")
+        for name in ("seq_len", "batch_size", "steps", "log_interval", "checkpoint_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
+        for name, least in (("lr", 0.0), ("warmup", 0), ("weight_decay", 0.0), ("seed", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 0")
+        if not self.clip > 0:
+            raise ValueError(f"--clip {self.clip}: must be above 0, inf for no clipping")
+        if self.seed >= 2**31:
+            raise ValueError(f"--seed {self.seed}: must be less than 2^31")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: this machine has no CUDA device")
+
+        model = self.model()
+        if model.vocabulary < TOKENIZERS[self.tokenizer]:
+            raise ValueError(
+                f"--tokenizer {self.tokenizer}: its {TOKENIZERS[self.tokenizer]} tokens exceed --preset {self.preset}'s "
+                f"vocabulary of {model.vocabulary}"
+            )
+        if self.sp == "none" and self.sp_size not in (None, 1):
+            raise ValueError(f"--sp-size {self.sp_size}: --sp none shares no sequence, use --sp {next(iter(METHODS))}")
+        sp_size = self.ranks_of_a_sequence(world_size)
+        if sp_size < 1 or world_size % sp_size:
+            raise ValueError(f"--sp-size {sp_size}: does not divide the {world_size} ranks")
+        if self.batch_size % (world_size // sp_size):
+            raise ValueError(
+                f"--batch-size {self.batch_size}: the {world_size // sp_size} data-parallel ranks "
+                f"({world_size} ranks, --sp-size {sp_size}) do not divide it"
+            )
+        if self.seq_len < sp_size:
+            raise ValueError(f"--seq-len {self.seq_len}: shorter than --sp-size {sp_size}")
+
+    def saved(self) -> dict[str, Any]:
+        """The options in plain types, for a checkpoint."""
+        return {
+            field.name: str(value) if isinstance(value := getattr(self, field.name), Path) else value
+            for field in fields(self)
+        }
+
+
+def _choices() -> dict[str, Collection[str]]:
+    """What each option that names something may name."""
+    return {
+        "preset": PRESETS,
+        "mixer": MIXERS,
+        "feature_map": FEATURE_MAPS,
+        "sp": ("none", *METHODS),
+        "layout": LAYOUTS,
+        "exchange": ("auto", *EXCHANGES),
+        "softmax_sp": ("auto", *SOFTMAX),
+        "tokenizer": TOKENIZERS,
+        "dtype": DTYPES,
+        "device": ("auto", "cpu", "cuda"),
+    }
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,171 @@
+"""The trainer: the same losses and gradients for every split of a step over data-parallel and sequence-parallel ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lasp.models import LinearLlama3
+from lasp.parallel import SequenceParallel
+from lasp.parallel.mesh import all_ranks
+from lasp.training import checkpoint
+from lasp.training.data import Windows, read_corpus
+from lasp.training.gradients import Gradients
+from lasp.training.loss import sum_of_cross_entropies
+from lasp.training.metrics import Metrics, Row
+from lasp.training.options import DTYPES, LAYOUTS, Options
+
+
+class Trainer:
+    """A model, its data, and how a step is dealt out.
+
+    Args:
+        options: what to train.
+        mesh: the ranks, axes ("dp", "sp"), all of one device type: see `lasp.parallel.mesh.build_mesh`.
+
+    Raises:
+        ValueError: where the data or the checkpoint is missing or does not fit.
+    """
+
+    def __init__(self, options: Options, mesh: DeviceMesh):
+        self.options = options
+        self.device = torch.device(mesh.device_type)
+        self.everyone = all_ranks(mesh)
+
+        sp_size = mesh["sp"].size()
+        self.layout = LAYOUTS[options.layout](options.seq_len, sp_size)
+        self.sp_rank = mesh.get_local_rank("sp")
+        self.sp = None
+        if options.sp != "none":
+            self.sp = SequenceParallel(
+                mesh["sp"], self.layout, method=options.sp, exchange=options.exchange, softmax=options.softmax_sp
+            )
+        self.rows_here = options.batch_size // mesh["dp"].size()
+        self.first_row = self.rows_here * mesh.get_local_rank("dp")
+        self.targets = options.batch_size * options.seq_len
+        self.windows = Windows(read_corpus(options.data), options.seq_len, options.batch_size, options.seed)
+
+        torch.manual_seed(options.seed)  # every rank draws the same weights
+        self.model = LinearLlama3(options.model()).to(self.device)
+        self.gradients = Gradients(self.model.parameters())
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=options.lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.done = 0
+        self._resume()
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> Tensor:
+        """Train on the next step's windows. Returns its loss and gradient norm ``[2]``, on the device, alike on all ranks."""
+        inputs, targets = self.batch(self.done)
+        with torch.autocast(self.device.type, DTYPES[self.options.dtype], enabled=self.options.dtype != "float32"):
+            features = self.model.features(inputs, sp=self.sp)
+            # A share of the mean over all ranks' targets: shares of loss and gradient add up, however the step is split.
+            loss = sum_of_cross_entropies(self.model, features, targets) / self.targets
+        self.gradients.zero()
+        loss.backward()
+        self.gradients.sum_over(self.everyone)
+        norm = self.gradients.clip(self.options.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.done)
+        self.optimizer.step()
+        self.done += 1
+
+        loss = loss.detach().clone()
+        dist.all_reduce(loss, group=self.everyone)
+        return torch.stack([loss, norm])
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets ``[rows, T_local]`` of a step: its rows, and of those its tokens."""
+        whole = self.windows.rows(step, self.first_row, self.rows_here)
+        # The targets were shifted in the whole window: at the end of a rank's run the target is another rank's input.
+        inputs, targets = (self.layout.shard(x, self.sp_rank).to(self.device, non_blocking=True) for x in whole)
+        return inputs, targets
+
+    def learning_rate(self, step: int) -> float:
+        """Linear from 0 over the warm-up, then along a cosine to a tenth of the peak."""
+        options = self.options
+        if step < options.warmup:
+            return options.lr * (step + 1) / options.warmup
+        way = (step - options.warmup) / max(1, options.steps - options.warmup)
+        return options.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * way)))
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> str | None:
+        """Train to the last step. Returns the closing line, on rank 0."""
+        options = self.options
+        speaks = dist.get_rank() == 0
+        if speaks:
+            options.out.mkdir(parents=True, exist_ok=True)
+        if self.done >= options.steps:
+            return (
+                f"nothing to train: the checkpoint has done {self.done} of --steps {options.steps}" if speaks else None
+            )
+        metrics = Metrics(options.out, self.done, options.steps) if speaks else None
+        unread: list[Tensor] = []
+        began = time.perf_counter()
+        while self.done < options.steps:
+            unread.append(self.step())
+            if metrics:
+                metrics.bar.update()
+            saves = self.done % options.checkpoint_interval == 0 or self.done == options.steps
+            if saves or self.done % options.log_interval == 0:
+                rows = self._rows(unread, began)
+                if metrics:
+                    metrics.write(rows)
+                unread, began = [], time.perf_counter()
+            if saves and speaks:
+                self._save()
+                began = time.perf_counter()
+        return metrics.close() if metrics else None
+
+    def _rows(self, unread: list[Tensor], began: float) -> list[Row]:
+        """Read the steps that were not read yet from the device, all at once: the only time that the host waits for it."""
+        values = torch.stack(unread).tolist()
+        speed = len(values) * self.targets / (time.perf_counter() - began)
+        first = self.done - len(values)
+        return [
+            Row(step + 1, loss, norm, (step + 1) * self.targets, speed, self.learning_rate(step))
+            for step, (loss, norm) in enumerate(values, first)
+        ]
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.done,
+            "options": self.options.saved(),
+        }
+        checkpoint.save(self.options.out, state)
+
+    def _resume(self) -> None:
+        resume, out = self.options.resume, self.options.out
+        if resume is None or (resume == "auto" and not (out / checkpoint.NAME).is_file()):
+            return
+        path = out if resume == "auto" else Path(resume)
+        state = checkpoint.load(path)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            was = state.get("options", {})
+            raise ValueError(
+                f"--resume {path}: holds another model than the options describe (it was trained with --preset "
+                f"{was.get('preset')}, --mixer {was.get('mixer')}, --pattern {was.get('pattern')})"
+            ) from error
+        self.done = state["step"]
