@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from _pytest.terminal import TerminalReporter
 
 FAILED = pytest.StashKey[bool]()
+KEPT = pytest.StashKey[io.StringIO]()
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -46,12 +49,25 @@ def groups(world: int) -> dict[int, dist.ProcessGroup]:
     return mine
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """All ranks run the same tests: rank 0 tells how they go, the others keep their report unless something fails."""
+    if int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")) > 0:
+        config.stash[KEPT] = io.StringIO()
+        config.pluginmanager.unregister(name="terminalreporter")
+        config.pluginmanager.register(TerminalReporter(config, config.stash[KEPT]), "terminalreporter")
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[FAILED] = exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """A failed rank ends the whole job, after its report: the others may wait for it in a collective."""
+    if config.stash.get(FAILED, False) and KEPT in config.stash:
+        print(
+            f"---- rank {os.environ['OMPI_COMM_WORLD_RANK']} ----", config.stash[KEPT].getvalue(), sep="\n", flush=True
+        )
     if config.stash.get(FAILED, False) and "mpi4py.MPI" in sys.modules:
         from mpi4py import MPI
 
