@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,11 +101,10 @@ class HGRN2(LinearMixer):
         projected = self.heads_of(self.k_proj(x), self.k_conv, sp)
         logits = at_least_float32(projected)
         bound = self.layer_idx / self.num_layers
-        # 1 − f and log f from the logits, not from f: near f = 1 and f = 0 those would have no digits left.
+        # Not from f: near f = 1 there would be no digits left of 1 − f and log f, near f = 0 no log f.
         k = (1 - bound) * torch.sigmoid(-logits)
-        kept = F.logsigmoid(logits) + math.log1p(-bound)
-        g = kept if bound == 0 else torch.logaddexp(kept, torch.full_like(kept, math.log(bound)))
-        return k.to(projected.dtype), g.clamp(max=0)
+        g = F.logsigmoid(logits) if bound == 0 else torch.log1p(-k)
+        return k.to(projected.dtype), g
 
 
 #: The linear mixers by name, as ``--mixer`` takes them.
