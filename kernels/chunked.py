@@ -29,11 +29,17 @@ class ChunkedDecay(Recurrence):
     Each segment is one chunk, and all chunks are computed at once.
 
     Args:
-        segment_size: the chunk's length C. A decay on every key dimension needs ``C · C · K`` numbers a chunk and a head,
-            so 16 is right there and 64 elsewhere.
+        segment_size: the chunk's length C, a power of two.
+
+    Raises:
+        ValueError: where it is none.
     """
 
     segment_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.segment_size < 1 or self.segment_size & (self.segment_size - 1):
+            raise ValueError(f"segment_size must be a power of two, given {self.segment_size}")
 
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
         k, v = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v))
@@ -80,20 +86,19 @@ class ChunkedDecay(Recurrence):
         dk_beyond = (v @ exit_gradient.transpose(-1, -2)) * decay.to_end
         gates: tuple[Tensor, ...] = ()
         if tokens.gates:
+            per_head = isinstance(decay, _HeadDecay)
             # A pair (i, j) of tokens, j < i, decays by every gate in (j, i]. Its part of the gradient is added at i and
             # taken back at j by one sum from the end; i = j decays by nothing and is left out, or it would drown the rest.
             before = dscores.tril(-1)
             pairs = q * decay.weigh_keys(before, k) - k * decay.weigh_queries(before, q)
             from_entry = q * (do @ entry.transpose(-1, -2)) * decay.from_start
             to_exit = k * dk_beyond
-            through = (entry * exit_gradient).sum(-1) * (
-                decay.whole if decay.whole.dim() == 4 else decay.whole.unsqueeze(-1)
-            )
+            through = (entry * exit_gradient).sum(-1) * (decay.whole.unsqueeze(-1) if per_head else decay.whole)
             terms = (pairs + from_entry, to_exit, through.unsqueeze(-2))
-            if decay.per_head:
+            if per_head:
                 terms = tuple(x.sum(-1, keepdim=True) for x in terms)  # type: ignore[assignment]
             dg = _sum_to_end(terms[0]) + _sum_before(terms[1]) + terms[2]
-            gates = (_tokens(dg.squeeze(-1) if decay.per_head else dg, segments, tokens.gates[0]),)
+            gates = (_tokens(dg.squeeze(-1) if per_head else dg, segments, tokens.gates[0]),)
         return Tokens(_tokens(dk_within + dk_beyond, segments, tokens.k), _tokens(dv, segments, tokens.v), gates)
 
 
@@ -104,57 +109,124 @@ class _Decay:
     Attributes:
         from_start: over tokens 1..i, ``[B, n, H, C, K]`` or with K = 1 when it is one number a head.
         to_end: over tokens i+1..C, same shape.
-        between: over tokens j+1..i, 0 where j > i: ``[C, C]`` (no decay), ``[B, n, H, C, C]``, or ``[B, n, H, C, C, K]``.
         whole: over the whole chunk, in the shape of `Summary.A`.
     """
 
     from_start: Tensor
     to_end: Tensor
-    between: Tensor
     whole: Tensor
 
-    @classmethod
-    def of(cls, tokens: Tokens, segments: Segments) -> _Decay:
+    @staticmethod
+    def of(tokens: Tokens, segments: Segments) -> _HeadDecay | _KeyDecay:
         if not tokens.gates:
             one = torch.ones((), dtype=tokens.state_dtype, device=tokens.k.device)
             mask = one.expand(segments.size, segments.size).tril()
-            return cls(one, one, mask, one.expand(1, len(segments), 1))
+            return _HeadDecay(one, one, one.expand(1, len(segments), 1), mask)
         (g,) = tokens.gates
         per_head = g.dim() == 3
         g = _chunks(g.unsqueeze(-1) if per_head else g, tokens, segments)  # [B, n, H, C, 1 or K]
+        from_start, to_end, whole = g.cumsum(-2).exp(), _sum_after(g).exp(), g.sum(-2).exp()
+        if not per_head:
+            return _KeyDecay(from_start, to_end, whole, _halves(g))
         causal = torch.ones(segments.size, segments.size, dtype=torch.bool, device=g.device).tril()
         # Row i, column j: the gates of tokens j+1..i, summed from j on.
-        after = g.unsqueeze(-2).masked_fill(~causal.tril(-1).unsqueeze(-1), 0)
-        between = after.cumsum(-3).exp().masked_fill(~causal.unsqueeze(-1), 0)
-        total = g.sum(-2)
-        return cls(
-            from_start=g.cumsum(-2).exp(),
-            to_end=_sum_after(g).exp(),
-            between=between.squeeze(-1) if per_head else between,
-            whole=(total.squeeze(-1) if per_head else total).exp(),
-        )
+        after = g.masked_fill(~causal.tril(-1), 0)
+        between = after.cumsum(-2).exp().masked_fill(~causal, 0)
+        return _HeadDecay(from_start, to_end, whole.squeeze(-1), between)
 
-    @property
-    def per_head(self) -> bool:
-        return self.between.dim() < 6
+
+@dataclass(frozen=True)
+class _HeadDecay(_Decay):
+    """One number a head, or none: the decay is a factor of the scores.
+
+    Attributes:
+        between: over tokens j+1..i, 0 where j > i: ``[B, n, H, C, C]``, or ``[C, C]`` without decay.
+    """
+
+    between: Tensor
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """``[.., C, C]``: ``Σ_d q_id k_jd between_ijd``."""
-        if self.per_head:
-            return (q @ k.transpose(-1, -2)) * self.between
-        return torch.einsum("...id,...jd,...ijd->...ij", q, k, self.between)
+        """``[.., C, C]``: ``Σ_d q_id k_jd e^{G_id − G_jd}`` for j ≤ i, else 0."""
+        return (q @ k.transpose(-1, -2)) * self.between
 
     def weigh_keys(self, weights: Tensor, k: Tensor) -> Tensor:
-        """``Σ_j weights_ij between_ijd k_jd``: the gradient of `scores` for q."""
-        if self.per_head:
-            return (weights * self.between) @ k
-        return torch.einsum("...ij,...jd,...ijd->...id", weights, k, self.between)
+        """``Σ_{j ≤ i} weights_ij e^{G_id − G_jd} k_jd``: the gradient of `scores` for q."""
+        return (weights * self.between) @ k
 
     def weigh_queries(self, weights: Tensor, q: Tensor) -> Tensor:
-        """``Σ_i weights_ij between_ijd q_id``: the gradient of `scores` for k."""
-        if self.per_head:
-            return (weights * self.between).transpose(-1, -2) @ q
-        return torch.einsum("...ij,...id,...ijd->...jd", weights, q, self.between)
+        """``Σ_{i ≥ j} weights_ij e^{G_id − G_jd} q_id``: the gradient of `scores` for k."""
+        return (weights * self.between).transpose(-1, -2) @ q
+
+
+@dataclass(frozen=True)
+class _KeyDecay(_Decay):
+    """One number a key dimension. The chunk is halved again and again, down to single tokens.
+
+    A pair j < i falls on either side of one halving's middle: it decays from j to the middle, then from there to i. Both
+    factors are at most 1, and neither underflows unless their product does, so pairs are products of matrices as they are
+    without decay. GLA, https://arxiv.org/abs/2312.06635, section 4.3, has this at two levels, with a part that is not.
+
+    Attributes:
+        halves: for halves of C/2, C/4, ..., 1 tokens, ``[B, n, H, m, 2, s, K]``: a token's decay to the middle of its
+            block of 2s tokens, from before it or from after it.
+    """
+
+    halves: tuple[Tensor, ...]
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """As of `_HeadDecay`, and so are the two below."""
+        scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
+        scores.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+        for decay in self.halves:
+            before, after = _split(k, decay)[0], _split(q, decay)[1]
+            _across(scores, decay).copy_(after @ before.transpose(-1, -2))
+        return scores
+
+    def weigh_keys(self, weights: Tensor, k: Tensor) -> Tensor:
+        weighed = _diagonal(weights) * k
+        for decay in self.halves:
+            before = _split(k, decay)[0]
+            _blocks(weighed, decay)[..., 1, :, :] += (_across(weights, decay) @ before) * decay[..., 1, :, :]
+        return weighed
+
+    def weigh_queries(self, weights: Tensor, q: Tensor) -> Tensor:
+        weighed = _diagonal(weights) * q
+        for decay in self.halves:
+            after, across = _split(q, decay)[1], _across(weights, decay)
+            _blocks(weighed, decay)[..., 0, :, :] += (across.transpose(-1, -2) @ after) * decay[..., 0, :, :]
+        return weighed
+
+
+def _halves(g: Tensor) -> tuple[Tensor, ...]:
+    """`_KeyDecay.halves` of the log-decays ``[B, n, H, C, K]``."""
+    halves, size = [], g.shape[-2] // 2
+    while size:
+        before, after = g.unflatten(-2, (-1, 2, size)).unbind(-3)
+        halves.append(torch.stack([_sum_after(before), after.cumsum(-2)], dim=-3).exp())
+        size //= 2
+    return tuple(halves)
+
+
+def _blocks(x: Tensor, halves: Tensor) -> Tensor:
+    """``[.., C, K]`` as the halves of blocks ``[.., m, 2, s, K]``; a view."""
+    return x.unflatten(-2, halves.shape[-4:-1])
+
+
+def _split(x: Tensor, halves: Tensor) -> tuple[Tensor, ...]:
+    """The first and the second halves of blocks, decayed to their middle: ``[.., m, s, K]`` each."""
+    return (_blocks(x, halves) * halves).unbind(-3)
+
+
+def _across(pairs: Tensor, halves: Tensor) -> Tensor:
+    """Of pairs ``[.., C, C]`` those from a block's second half to its first: ``[.., m, s, s]``; a view."""
+    sizes = halves.shape[-4:-1]
+    blocks = pairs.unflatten(-1, sizes).unflatten(-4, sizes)
+    return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _diagonal(pairs: Tensor) -> Tensor:
+    """``[.., C, C]`` to ``[.., C, 1]``."""
+    return pairs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
 
 def _chunks(x: Tensor, tokens: Tokens, segments: Segments) -> Tensor:

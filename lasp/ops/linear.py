@@ -136,14 +136,9 @@ def start(
     if g is not None:
         gates = (g.expand(k.shape[:3]) if g.dim() == 1 else g,)
     tokens = Tokens(k, v, gates)
-    recurrence = _recurrence(tokens)
+    recurrence = ChunkedDecay()
     linear = start_linear(recurrence, tokens, states, seq) if causal else None
     return Pending(op, recurrence, tokens, states, seq, linear)
-
-
-def _recurrence(tokens: Tokens) -> Recurrence:
-    """The form that computes these tokens."""
-    return ChunkedDecay(segment_size=16 if tokens.gates and tokens.gates[0].dim() == 4 else 64)
 
 
 def linear_attn(
