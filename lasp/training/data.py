@@ -5,6 +5,7 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,8 @@ class Windows:
 
     def rows(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Windows `first` to ``first + count`` of the step: inputs and targets, int64 ``[count, T]`` each."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        starts = torch.randint(len(self.corpus) - self.seq_len, (self.batch_size,), generator=generator)
+        starts = np.random.default_rng((self.seed, step)).integers(
+            len(self.corpus) - self.seq_len, size=self.batch_size
+        )
         rows = torch.stack([self.corpus[s : s + self.seq_len + 1] for s in starts[first : first + count].tolist()])
         return rows[:, :-1].long(), rows[:, 1:].long()

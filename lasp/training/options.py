@@ -78,7 +78,7 @@ class Options:
 
     steps: int = 300
     """How many steps to train, those before a resumed checkpoint included."""
-    lr: float = 3e-3
+    lr: float = 1e-3
     """Peak learning rate of AdamW; it falls along a cosine to a tenth at the last step."""
     warmup: int = 20
     """Steps over which the learning rate rises to its peak."""

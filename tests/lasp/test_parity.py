@@ -1,0 +1,65 @@
+"""Training parity: twenty steps of a hybrid have the same losses and gradient norms under every split of four ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lasp import SequenceLayout
+from lasp.launch.parity import ALONE, Deviation, Split, splits, train
+from lasp.layers import MIXERS
+from lasp.training import Options
+from lasp.training.options import LAYOUTS
+
+pytestmark = pytest.mark.mpi(min_size=4)
+STEPS, TOLERANCE = 20, 1e-5
+
+
+def options(**given) -> Options:
+    """A hybrid whose sequence no number of ranks divides."""
+    small = {"hidden": 32, "heads": 4, "kv_heads": 2, "intermediate": 48, "conv_size": 3, "window": 40}
+    run = {"seq_len": 61, "batch_size": 4, "data": Path(__file__), "steps": STEPS, "lr": 1e-3}
+    return Options(**(small | run | given))
+
+
+def check(run: Options, *ways: Split) -> None:
+    alone = train(run, ALONE)
+    for split in ways:
+        given = train(run, split)
+        if given is not None and alone is not None:
+            found = Deviation.between(given, alone, run.mixer or "", split)
+            assert found.within(TOLERANCE), str(found)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_same_training_under_every_split(mixer: str) -> None:
+    ways = [*splits(4), Split(1, 4, "zigzag-per-document")]
+    assert {(s.dp, s.sp) for s in ways} == {(1, 2), (1, 4), (2, 2), (4, 1)}
+    check(options(mixer=mixer), *ways)
+
+
+@pytest.mark.usefixtures("world")
+def test_the_same_training_with_uneven_and_empty_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def table(total: int, _world: int) -> SequenceLayout:
+        return SequenceLayout.from_ranges([[(0, 1), (50, total)], [], [(30, 50), (1, 3)], [(3, 30)]], total)
+
+    monkeypatch.setitem(LAYOUTS, "table", table)
+    check(options(), Split(1, 4, "table"), Split(1, 4, "table", "ring"))
+
+
+@pytest.mark.usefixtures("world")
+def test_a_share_that_is_counted_twice_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: a loss divided by a rank's own targets is not the mean over all."""
+    from lasp.training import trainer
+
+    exact = trainer.sum_of_cross_entropies
+    run = options(steps=2)
+    alone = train(run, ALONE)
+    monkeypatch.setattr(trainer, "sum_of_cross_entropies", lambda *given: exact(*given) * 1.001)
+    given = train(run, Split(1, 4))
+    assert given is not None
+    if alone is not None:
+        found = Deviation.between(given, alone, "", Split(1, 4))
+        assert min(found.loss, found.grad_norm) > TOLERANCE
