@@ -11,18 +11,20 @@ from lasp.parallel import SequenceParallel
 
 
 class ShortConvolution(nn.Module):
-    """A causal convolution of every channel by itself, within documents, followed by SiLU. H3, https://arxiv.org/abs/2212.14052.
+    """A causal convolution of every channel by itself, within documents: H3, https://arxiv.org/abs/2212.14052.
 
     Args:
         channels: D.
         size: how many tokens it spans, the current one included.
+        activation: what follows it, ``"silu"`` or None.
     """
 
-    def __init__(self, channels: int, size: int = 4):
+    def __init__(self, channels: int, size: int = 4, activation: str | None = "silu"):
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-(size**-0.5), size**-0.5))
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """x: ``[B, T, D]``."""
         # Autocast leaves the weight in float32 where a projection's output is bfloat16.
-        return causal_conv1d(x, self.weight.to(x.dtype), activation="silu", cu_seqlens=cu_seqlens, sp=sp)
+        return causal_conv1d(x, self.weight.to(x.dtype), activation=self.activation, cu_seqlens=cu_seqlens, sp=sp)

@@ -25,10 +25,14 @@ class BasicLinearAttention(LinearMixer):
 
 
 class LightningAttention(LinearMixer):
-    """A constant decay a head, weaker in higher layers: Lightning Attention-2, https://arxiv.org/abs/2401.04658."""
+    """A constant decay a head, weaker in higher layers: Lightning Attention-2, https://arxiv.org/abs/2401.04658.
+
+    In the block of TransNormerLLM, https://arxiv.org/abs/2307.14995: the norm is over all heads.
+    """
 
     op = "lightning_attn"
     default_feature_map = "silu"
+    normed_by_head = False
     decay: Tensor
 
     def build_decay(self, hidden: int) -> None:
@@ -86,12 +90,15 @@ class HGRN2(LinearMixer):
 
     HGRN2, https://arxiv.org/abs/2404.07904, eq. 8. The lower bound γ of layer l of L is ``l / L``, where HGRN's learnt one
     (https://arxiv.org/abs/2311.04823, section 3.2) starts: lower layers forget, higher ones remember. The feature map is
-    the queries' alone.
+    the queries' alone. The norm is over all heads: a layer that forgets fast has nearly the same key in every dimension, a
+    head's output is then its value times the sum of its query, and a norm by head would jump where that sum is 0.
     """
 
     op = "gla"
     default_feature_map = "silu"
     gated = False
+    conv_activation = None
+    normed_by_head = False
 
     def build_decay(self, hidden: int) -> None:
         if self.feature_map.width is not None:

@@ -39,7 +39,7 @@ class LinearMixer(nn.Module):
         feature_map: of queries and keys, a name in `FEATURE_MAPS`; the mixer's own when None.
         conv_size: width of the short convolution on queries, keys and values; 0 for none.
         rope_theta: base of the rotation, for mixers that rotate.
-        norm_eps: of the norm of a head's output.
+        norm_eps: of the output's norm.
     """
 
     #: The name that errors of the op begin with.
@@ -48,6 +48,10 @@ class LinearMixer(nn.Module):
     default_feature_map = "identity"
     #: Whether the output is gated by ``silu(W x)``.
     gated = True
+    #: What follows the short convolution.
+    conv_activation: str | None = "silu"
+    #: Whether the norm of the output is taken over each head by itself, or over all heads at once.
+    normed_by_head = True
     #: Whether queries and keys are rotated by their position.
     rotated = False
 
@@ -75,9 +79,10 @@ class LinearMixer(nn.Module):
         self.gate_proj = nn.Linear(hidden, hidden, bias=False) if self.gated else None
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         self.q_conv, self.k_conv, self.v_conv = (
-            ShortConvolution(channels, conv_size) if conv_size else None for channels in (keys, keys, hidden)
+            ShortConvolution(channels, conv_size, self.conv_activation) if conv_size else None
+            for channels in (keys, keys, hidden)
         )
-        self.norm = GatedRMSNorm(width, norm_eps)
+        self.norm = GatedRMSNorm(hidden, heads if self.normed_by_head else 1, norm_eps)
         self.build_decay(hidden)
 
     def build_decay(self, hidden: int) -> None:
@@ -117,9 +122,9 @@ class LinearMixer(nn.Module):
         v = self.heads_of(self.v_proj(x), self.v_conv, seq)
         pending = start(k, v, g, sp=seq, op=self.op)
         q = self.queries(x, seq)
-        gate = None if self.gate_proj is None else self.gate_proj(x).unflatten(-1, (self.heads, -1))
+        gate = None if self.gate_proj is None else self.gate_proj(x)
         o, _ = pending.finish(q)
-        return self.o_proj(self.norm(o, gate).flatten(-2))
+        return self.o_proj(self.norm(o.flatten(-2), gate))
 
 
 def constant(mixer: nn.Module, log_decay: Tensor) -> None:

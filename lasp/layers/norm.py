@@ -32,12 +32,22 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """``rmsnorm(x) · silu(gate)``: RetNet's and GLA's output gate, https://arxiv.org/abs/2307.08621, eq. 8."""
+    """``rmsnorm(x) · silu(gate)``: RetNet's and GLA's output gate, https://arxiv.org/abs/2307.08621, eq. 8.
+
+    Args:
+        width: size of the last axis.
+        groups: how many parts of it, heads for instance, are normed by themselves; they share one weight.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, groups: int = 1, eps: float = 1e-5):
+        super().__init__(width // groups, eps)
+        self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x, gate: ``[..., width]``; without a gate the norm alone."""
-        wide = at_least_float32(x)
-        normed = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
+        wide = at_least_float32(x).unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).flatten(-2)
         if gate is not None:
             normed = normed * F.silu(at_least_float32(gate))
         return normed.to(x.dtype)

@@ -164,11 +164,22 @@ def test_gla_is_its_definition() -> None:
     assert relative_error(mixer(x), want) < 1e-10
 
 
+def test_a_head_that_says_nothing_does_not_shake_hgrn2() -> None:
+    """A head's output that passes through 0 is normed with the other heads' and jumps nowhere; GLA's norm is by head."""
+    o = torch.tensor([[1e-4, 2e-4, 3.0, 4.0], [-1e-4, -2e-4, 3.0, 4.0]], dtype=torch.float64)
+    for name, jumps in (("hgrn2", False), ("lightning", False), ("gla", True), ("retention", True)):
+        mixer = LAYERS[name](4, 2, norm_eps=1e-12)
+        first, second = mixer.norm.double()(o)
+        assert ((first - second).norm() > 1) == jumps, name
+
+
 def test_norms() -> None:
     x, gate = torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16), torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16)
     normed = RMSNorm(2, eps=0)(x)
     assert normed.dtype == torch.bfloat16
     assert torch.allclose(normed.float(), torch.tensor([[3.0, 4.0]]) / math.sqrt(12.5), rtol=1e-2)
+    by_two = GatedRMSNorm(4, groups=2, eps=0)(torch.cat([x, 9 * x], dim=-1))
+    assert torch.allclose(by_two, torch.cat([normed, normed], dim=-1), rtol=1e-2)
     gated = GatedRMSNorm(2, eps=0)(x, gate)
     assert torch.allclose(gated.float(), torch.tensor([[0.0, 4 / math.sqrt(12.5) / (1 + math.exp(-1))]]), rtol=1e-2)
 
