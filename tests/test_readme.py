@@ -1,0 +1,57 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lasp.training import read_options
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 15
+    (tmp_path / "yours.py").write_text(code + "print(x.grad.norm().item())\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "yours.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.split()) == 4
+
+
+def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = re.findall(r"^torchrun --nproc-per-node (\d+) pretrain.py (.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
+    assert len(commands) >= 2
+    for ranks, arguments in commands:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        read_options(arguments.split() + (["--batch-size", ranks] if "--sp-size" in arguments else []))
+
+
+def test_the_figures_are_recorded() -> None:
+    parity = json.loads((ROOT / "launch/results/parity.json").read_text())["figures"]["deviations"]
+    assert len({row["mixer"] for row in parity}) == 6
+    loss, norm = (max(row[name] for row in parity) for name in ("loss", "grad_norm"))
+    assert f"more than {_short(loss)} and no gradient norm by more than {_short(norm)}" in " ".join(README.split())
+    nccl = json.loads((ROOT / "launch/results/parity_nccl.json").read_text())["figures"]["deviations"]
+    assert f"[{_short(max(row['grad_norm'] for row in nccl))}](launch/results/parity_nccl.json)" in README
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def _short(x: float) -> str:
+    return f"{x:.1e}".replace("e-0", "e-")
