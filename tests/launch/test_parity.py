@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from lasp import SequenceLayout
-from lasp.launch.parity import ALONE, Deviation, Split, splits, train
+from lasp.launch.parity import ALONE, Deviation, Parity, Split, compare, splits, train
 from lasp.layers import MIXERS
 from lasp.training import Options
 from lasp.training.options import LAYOUTS
@@ -63,3 +64,13 @@ def test_a_share_that_is_counted_twice_shows(monkeypatch: pytest.MonkeyPatch) ->
     if alone is not None:
         found = Deviation.between(given, alone, "", Split(1, 4))
         assert min(found.loss, found.grad_norm) > TOLERANCE
+
+
+@pytest.mark.usefixtures("world")
+def test_the_command_compares_all_splits() -> None:
+    found = compare(Parity(mixers=("lightning",), run=options(steps=2)))
+    if dist.get_rank() == 0:
+        assert [d.split for d in found] == [str(split) for split in splits(4)]
+        assert all(d.within(TOLERANCE) for d in found)
+    else:
+        assert found == []
