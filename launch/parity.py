@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from lasp.launch.record import record
 from lasp.layers import MIXERS
-from lasp.parallel.mesh import processes
-from lasp.training import Options, Trainer
+from lasp.parallel.mesh import launched_ranks, processes
+from lasp.training import Options, Trainer, errors_in_one_line
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,17 @@ class Split:
     sp: int
     layout: str = "contiguous"
     softmax_sp: str = "all-gather"
+
+    def of(self, run: Options) -> Options:
+        """The run, split in this way.
+
+        Raises:
+            ValueError: naming the option that does not allow it.
+        """
+        method = "none" if self.sp == 1 else "lasp2"
+        options = replace(run, sp=method, sp_size=self.sp, layout=self.layout, softmax_sp=self.softmax_sp)
+        options.check(self.dp * self.sp)
+        return options
 
     def __str__(self) -> str:
         name = f"DP {self.dp} × SP {self.sp}"
@@ -75,9 +86,7 @@ def train(options: Options, split: Split) -> Tensor | None:
     )
     if mesh.get_coordinate() is None:
         return None
-    method = "none" if split.sp == 1 else "lasp2"
-    options = replace(options, sp=method, layout=split.layout, softmax_sp=split.softmax_sp)
-    trainer = Trainer(options, mesh)
+    trainer = Trainer(split.of(options), mesh)
     return torch.stack([trainer.step() for _ in range(options.steps)]).double().cpu()
 
 
@@ -130,7 +139,11 @@ class Parity:
 
 def main() -> None:
     """Compare, tell and record."""
-    parity = tyro.cli(Parity, console_outputs=os.environ.get("RANK", "0") == "0")
+    with errors_in_one_line("lasp.launch.parity"):
+        parity = tyro.cli(Parity, prog="lasp.launch.parity", console_outputs=os.environ.get("RANK", "0") == "0")
+        for mixer in parity.mixers:
+            for split in splits(launched_ranks()):
+                split.of(replace(parity.run, mixer=mixer))
     with processes(parity.run.device_type()):
         deviations = compare(parity)
         world = dist.get_world_size()

@@ -11,6 +11,7 @@ import torch
 
 from lasp.launch.parity import ALONE, Deviation, Split, splits
 from lasp.launch.record import record
+from lasp.training import Options
 
 
 def test_a_figure_stands_beside_its_command_hardware_and_versions(tmp_path: Path) -> None:
@@ -53,3 +54,12 @@ def test_every_way_to_split_the_ranks_is_compared() -> None:
         ("contiguous", "all-gather"),
         ("zigzag", "ring"),
     }
+
+
+def test_runs_that_cannot_be_split_are_named() -> None:
+    run = Options(batch_size=3)
+    assert Split(1, 4, "zigzag").of(run).layout == "zigzag"
+    with pytest.raises(ValueError, match="--batch-size 3: the 2 data-parallel ranks"):
+        Split(2, 2).of(run)
+    with pytest.raises(ValueError, match="--mixer mamba9: unknown"):
+        Split(1, 2).of(Options(mixer="mamba9"))
