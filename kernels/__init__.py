@@ -1,8 +1,10 @@
 """What one device computes: the definition of each recurrence, its fast forms, and the algebra of their summaries."""
 
 from lasp.kernels.chunked import ChunkedDecay
+from lasp.kernels.course import Chain, Course
+from lasp.kernels.forms import elementwise_decay
 from lasp.kernels.recurrence import Recurrence, Tokens
 from lasp.kernels.segments import Segments
-from lasp.kernels.summary import Chain, Summary
+from lasp.kernels.summary import Summary
 
-__all__ = ["Chain", "ChunkedDecay", "Recurrence", "Segments", "Summary", "Tokens"]
+__all__ = ["Chain", "ChunkedDecay", "Course", "Recurrence", "Segments", "Summary", "Tokens", "elementwise_decay"]

@@ -12,7 +12,7 @@ and i: never positive, so nothing overflows, and never the difference of two lon
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class ChunkedDecay(Recurrence):
         if self.segment_size < 1 or self.segment_size & (self.segment_size - 1):
             raise ValueError(f"segment_size must be a power of two, given {self.segment_size}")
 
+    def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
+        # A constant decay is computed with as one by token; its gradient is then the tokens' sum.
+        return replace(tokens, gates=tuple(g.expand(tokens.k.shape[:3]) if g.dim() == 1 else g for g in tokens.gates))
+
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
         k, v = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v))
         decay = _Decay.of(tokens, segments)
@@ -59,12 +63,12 @@ class ChunkedDecay(Recurrence):
         return Summary(decay.whole, (q * decay.from_start).transpose(-1, -2) @ do)
 
     def query_gradient(
-        self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float
-    ) -> Tensor:
+        self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         k, v, do = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v, do))
         decay = _Decay.of(tokens, segments)
         dq = (do @ entry.transpose(-1, -2)) * decay.from_start + decay.weigh_keys(do @ v.transpose(-1, -2), k)
-        return _tokens(dq * scale, segments, q)
+        return _tokens(dq * scale, segments, q), ()
 
     def token_gradients(
         self,
@@ -75,6 +79,8 @@ class ChunkedDecay(Recurrence):
         exit_gradient: Tensor,
         segments: Segments,
         scale: float,
+        gated: bool,
+        kept: tuple[Tensor, ...],
     ) -> Tokens:
         k, v, do = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v, do))
         q = _chunks(q, tokens, segments) * scale
@@ -85,7 +91,7 @@ class ChunkedDecay(Recurrence):
         dk_within = decay.weigh_queries(dscores, q)
         dk_beyond = (v @ exit_gradient.transpose(-1, -2)) * decay.to_end
         gates: tuple[Tensor, ...] = ()
-        if tokens.gates:
+        if gated:
             per_head = isinstance(decay, _HeadDecay)
             # A pair (i, j) of tokens, j < i, decays by every gate in (j, i]. Its part of the gradient is added at i and
             # taken back at j by one sum from the end; i = j decays by nothing and is left out, or it would drown the rest.

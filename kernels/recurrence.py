@@ -1,4 +1,4 @@
-"""The contract of a recurrence: five functions of a table of segments, each segment treated alone."""
+"""The contract of a recurrence: functions of a table of segments, each segment treated alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Tokens:
     Attributes:
         k: keys ``[B, T, H, K]``.
         v: values ``[B, T, H, V]``.
-        gates: what else the recurrence asks for, in its own order: a log-decay ``g`` ``[B, T, H]`` or ``[B, T, H, K]``,
-            at most 0; ``beta`` ``[B, T, H]``.
+        gates: what else the recurrence asks for, in its own order: a log-decay ``g``, at most 0: ``[H]``, ``[B, T, H]``
+            or ``[B, T, H, K]``; ``beta`` ``[B, T, H]``.
     """
 
     k: Tensor
@@ -41,7 +41,7 @@ class Tokens:
 class Recurrence(ABC):
     """``S_t = A_t S_{t-1} + B_t``, ``o_t = scale · S_tᵀ q_t``, computed on a table of segments.
 
-    The five functions know segments, never documents, runs or ranks: those are composed outside, from the summaries. All
+    The functions know segments, never documents, runs or ranks: those are composed outside, from the summaries. All
     take contiguous or strided tensors of float16, bfloat16, float32 or float64, accumulate in float32 (float64 for
     float64), return gradients in their input's dtype, and states ``[B, n, H, K, V]`` in `Tokens.state_dtype`. Two
     recurrences that compare equal compute the same.
@@ -49,6 +49,15 @@ class Recurrence(ABC):
 
     #: The longest segment that this recurrence wants, in tokens.
     segment_size: int
+    #: Of which K and V must be multiples.
+    width_multiple: int = 1
+
+    def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
+        """What the functions below take: the tokens as they compute with them, made once for a pass in each direction.
+
+        The gates may be followed by what was derived from them.
+        """
+        return tokens
 
     @abstractmethod
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
@@ -67,9 +76,13 @@ class Recurrence(ABC):
 
     @abstractmethod
     def query_gradient(
-        self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float
-    ) -> Tensor:
-        """``dq``: needs no gradient of a state, so it is computed while the adjoint summaries travel."""
+        self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``dq``, and what `token_gradients` can use of the computation.
+
+        It needs no gradient of a state, so it is computed while the adjoint summaries travel. `gated` says whether the
+        gradients of the gates will be wanted.
+        """
 
     @abstractmethod
     def token_gradients(
@@ -81,5 +94,10 @@ class Recurrence(ABC):
         exit_gradient: Tensor,
         segments: Segments,
         scale: float,
+        gated: bool,
+        kept: tuple[Tensor, ...],
     ) -> Tokens:
-        """``dk``, ``dv`` and the gates' gradients, when `exit_gradient` ``[B, n, H, K, V]`` reaches each segment's end."""
+        """``dk``, ``dv`` and, if `gated`, the gates' gradients, when `exit_gradient` ``[B, n, H, K, V]`` reaches each end.
+
+        `kept` is what `query_gradient` returned beside dq.
+        """

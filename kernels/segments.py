@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,12 +28,19 @@ class Segments:
         self.tokens = sum(self.lengths)
         self.regular = all(length == size for length in self.lengths)
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._bounds: dict[torch.device, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __repr__(self) -> str:
         return f"Segments({len(self)} of at most {self.size} tokens, {self.tokens} in all)"
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """Where the segments lie: int64 ``[n + 1]``, the first token of each and the number of tokens."""
+        if device not in self._bounds:
+            self._bounds[device] = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.long).to(device)
+        return self._bounds[device]
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B, T, ...]`` to ``[B, n, size, ...]``, the places after the end of a segment filled with zeros."""

@@ -2,7 +2,8 @@
 
 Forward: summarise the local segments, compose them into runs, start the exchange, and when the states that enter the runs
 are back, run forward from them. Backward: the same with the adjoint summaries from the sequence's end to its start; dq needs
-no state's gradient and is computed while they travel. Besides the inputs only the runs' entry states are kept.
+no state's gradient and is computed while they travel. Besides the inputs, states are kept, and never more of them than keys
+and values.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Recurrence, Summary, Tokens
-from lasp.kernels.summary import act
 from lasp.parallel.exchange import PendingStates, Route
 from lasp.parallel.plan import Plan
 from lasp.parallel.sequence_parallel import SequenceParallel
@@ -23,13 +23,26 @@ from lasp.parallel.sequence_parallel import SequenceParallel
 
 @dataclass
 class PendingLinear:
-    """A linear layer whose states are travelling: `finish` it with the queries."""
+    """A linear layer whose states are travelling: `finish` it with the queries.
+
+    Attributes:
+        recurrence: what the tokens do to the state.
+        tokens: the tokens as they were given.
+        prepared: the same as the recurrence takes them.
+        initial_state: the states before the documents.
+        sp: the ranks and the layout.
+        maps: the map over each segment.
+        before: the map from what enters a run to what enters each of its segments.
+        states: what enters the runs, under way.
+    """
 
     recurrence: Recurrence
     tokens: Tokens
+    prepared: Tokens
     initial_state: Tensor | None
     sp: SequenceParallel
-    scan: _Scan
+    maps: Summary
+    before: Summary
     states: PendingStates
 
     def finish(self, q: Tensor, scale: float, final_state: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -64,49 +77,12 @@ def start_linear(
         sp: the ranks and the layout.
     """
     with torch.no_grad():
-        scan = _Scan.of(recurrence, tokens, initial_state, sp)
-        states = sp.exchange.start(scan.runs, Route.forward(sp.layout, sp.rank))
-    return PendingLinear(recurrence, tokens, initial_state, sp, scan, states)
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """The local segments composed from the start of their run on.
-
-    Attributes:
-        plan: the segments.
-        prefixes: the map from the state entering the run to the one leaving each segment.
-        initial: the states before the documents, ``[B, N or 1, H, K, V]``.
-    """
-
-    plan: Plan
-    prefixes: Summary
-    initial: Tensor
-
-    @classmethod
-    def of(cls, recurrence: Recurrence, tokens: Tokens, initial_state: Tensor | None, sp: SequenceParallel) -> _Scan:
         plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
-        at = plan.tables(tokens.k.device)
-        maps = recurrence.summary(tokens, plan.segments)
-        if initial_state is None:
-            initial = maps.B.new_zeros(maps.B.shape[0], 1, *maps.B.shape[2:])
-        else:
-            initial = initial_state.to(maps.B.dtype)
-            from_start = act(maps.A.index_select(1, at.opening), initial.index_select(1, at.opened))
-            maps = Summary(maps.A, maps.B.index_add(1, at.opening, from_start))
-        return cls(plan, plan.chain.scan(maps.reset(at.opens)), initial)
-
-    @property
-    def runs(self) -> Summary:
-        """The summary of each run ``[B, R, ...]``."""
-        return self.prefixes.select(self.plan.tables(self.prefixes.B.device).last)
-
-    def states(self, run_entry: Tensor) -> tuple[Tensor, Tensor]:
-        """The states entering and leaving each segment, when `run_entry` ``[B, R, H, K, V]`` enters the runs."""
-        at = self.plan.tables(run_entry.device)
-        leaving = self.prefixes.apply(run_entry.index_select(1, at.run))
-        sources = torch.cat([run_entry, leaving, self.initial], dim=1)
-        return sources.index_select(1, at.entry.clamp(max=sources.shape[1] - 1)), leaving
+        prepared = recurrence.prepare(tokens, plan.segments)
+        maps = recurrence.summary(prepared, plan.segments)
+        before, runs = plan.forward.compose(maps, initial_state)
+        states = sp.exchange.start(runs, Route.forward(sp.layout, sp.rank))
+    return PendingLinear(recurrence, tokens, prepared, initial_state, sp, maps, before, states)
 
 
 class _Linear(torch.autograd.Function):
@@ -122,51 +98,56 @@ class _Linear(torch.autograd.Function):
         initial_state: Tensor | None,
         *gates: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        scan, tokens = pending.scan, Tokens(k, v, gates)
+        recurrence, sp, tokens = pending.recurrence, pending.sp, pending.prepared
+        plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
         run_entry = pending.states.wait()
-        entering, leaving = scan.states(run_entry)
-        o = pending.recurrence.output(q, tokens, entering, scan.plan.segments, scale)
-        final = run_entry.new_zeros(0)
+        entering = plan.forward.enter(pending.before, run_entry)
+        o = recurrence.output(q, tokens, entering, plan.segments, scale)
+        final = entering.new_zeros(0)
         if final_state:
-            at = scan.plan.tables(q.device)
-            final = run_entry.new_zeros(q.shape[0], pending.sp.layout.num_documents, *tokens.state_shape)
-            final.index_copy_(1, at.closed, leaving.index_select(1, at.closing))
-        ctx.recurrence, ctx.sp, ctx.scale, ctx.final_state = pending.recurrence, pending.sp, scale, final_state
-        ctx.save_for_backward(q, k, v, initial_state, run_entry, *gates)
-        # The scan is left behind: backward makes it again instead of keeping every segment's state.
+            at = plan.tables(q.device)
+            leaving = pending.maps.select(at.closing).apply(entering.index_select(1, at.closing))
+            final = entering.new_zeros(q.shape[0], sp.layout.num_documents, *tokens.state_shape)
+            final.index_copy_(1, at.closed, leaving)
+        ctx.recurrence, ctx.sp, ctx.scale, ctx.final_state = recurrence, sp, scale, final_state
+        # Few and long segments: their states are kept. Many short ones: they would be more than the tokens, and are made
+        # again from the states that entered the runs.
+        kept = entering if entering.nbytes <= k.nbytes + v.nbytes else None
+        ctx.gates = len(gates)
+        ctx.save_for_backward(
+            q, tokens.k, tokens.v, initial_state, kept, run_entry if kept is None else None, *gates, *tokens.gates
+        )
         return o, final
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, initial_state, run_entry, *gates = ctx.saved_tensors
+        q, k, v, initial_state, entering, run_entry, *rest = ctx.saved_tensors
+        gates, tokens = rest[: ctx.gates], Tokens(k, v, tuple(rest[ctx.gates :]))
         recurrence, sp, scale = ctx.recurrence, ctx.sp, ctx.scale
-        tokens = Tokens(k, v, tuple(gates))
         plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
         segments, at = plan.segments, plan.tables(q.device)
+        gated = any(ctx.needs_input_grad[7:])
 
-        # From the gradient at a segment's exit to the one at its entry; a final state's gradient joins at the exit.
+        # A final state's gradient is where the gradients of its document's states start from.
         maps = recurrence.adjoint_summary(q, tokens, do, segments, scale)
-        if ctx.final_state:
-            joined = act(maps.A.index_select(1, at.closing), dfinal.index_select(1, at.closed))
-            maps = Summary(maps.A, maps.B.index_add(1, at.closing, joined))
-        suffixes = plan.chain.scan(maps.void(at.opens), reverse=True)
-        states = sp.exchange.start(suffixes.select(at.first), Route.backward(sp.layout, sp.rank))
+        after, runs = plan.backward.compose(maps, dfinal if ctx.final_state else None)
+        states = sp.exchange.start(runs, Route.backward(sp.layout, sp.rank))
 
-        entering, _ = _Scan.of(recurrence, tokens, initial_state, sp).states(run_entry)
-        dq = recurrence.query_gradient(q, tokens, entering, do, segments, scale)
+        if entering is None:
+            before, _ = plan.forward.compose(recurrence.summary(tokens, segments), initial_state)
+            entering = plan.forward.enter(before, run_entry)
+        dq, kept = recurrence.query_gradient(q, tokens, entering, do, segments, scale, gated)
 
-        at_run_exit = states.wait()
-        at_entry = suffixes.apply(at_run_exit.index_select(1, at.run))
-        at_exit = torch.cat([at_run_exit, at_entry], dim=1).index_select(1, at.exit)
+        leaving = plan.backward.enter(after, states.wait())
         dinitial = None
         if initial_state is not None:
-            opening = maps.select(at.opening).apply(at_exit.index_select(1, at.opening))
+            opening = maps.select(at.opening).apply(leaving.index_select(1, at.opening))
             dinitial = torch.zeros_like(initial_state)
             dinitial.index_copy_(1, at.opened, opening.to(initial_state.dtype))
-        if ctx.final_state:
-            at_exit = at_exit.index_add(1, at.closing, dfinal.index_select(1, at.closed))
-        grads = recurrence.token_gradients(q, tokens, entering, do, at_exit, segments, scale)
-        return None, None, None, dq, grads.k, grads.v, dinitial, *grads.gates
+        grads = recurrence.token_gradients(q, tokens, entering, do, leaving, segments, scale, gated, kept)
+        # A gate that many tokens share has the sum of their gradients.
+        dgates = [dg.sum_to_size(g.shape) for dg, g in zip(grads.gates, gates, strict=False)] or [None] * len(gates)
+        return None, None, None, dq, grads.k, grads.v, dinitial, *dgates
 
 
 def sum_over_ranks(x: Tensor, sp: SequenceParallel) -> Tensor:

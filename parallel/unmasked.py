@@ -12,6 +12,9 @@ from lasp.parallel.linear import start_linear, sum_over_ranks
 from lasp.parallel.plan import Plan
 from lasp.parallel.sequence_parallel import SequenceParallel
 
+# Tokens are multiplied with their document's state in chunks of so many.
+_CHUNK = 64
+
 
 def unmasked_linear(
     recurrence: Recurrence,
@@ -34,7 +37,7 @@ def unmasked_linear(
     Returns:
         ``o: [B, T_local, H, V]`` and the documents' final states ``[B, N, H, K, V]``.
     """
-    plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
+    plan = Plan.of(sp.layout, sp.rank, _CHUNK)
     document = plan.tables(q.device).document
     if tokens.gates:
         _, final = start_linear(recurrence, tokens, initial_state, sp).finish(q, scale, final_state=True)

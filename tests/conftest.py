@@ -10,6 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels are tested in its interpreter. It looks once, when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import torch.distributed as dist
 from _pytest.terminal import TerminalReporter
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels import ChunkedDecay, Recurrence, Tokens
+from lasp.kernels import Recurrence, Tokens, elementwise_decay
 from lasp.ops.inputs import (
     CuSeqlens,
     agree,
@@ -40,7 +41,10 @@ from lasp.parallel.unmasked import unmasked_linear
 
 @dataclass(frozen=True)
 class Pending:
-    """The first half of an op, made by `start`: the states are travelling."""
+    """The first half of an op, made by `start`: the states are travelling.
+
+    The tokens' and the states' widths may be padded; `widths` are K and V as they were given.
+    """
 
     op: str
     recurrence: Recurrence
@@ -48,19 +52,22 @@ class Pending:
     initial_state: Tensor | None
     sp: SequenceParallel
     linear: PendingLinear | None
+    widths: tuple[int, int]
 
     def finish(
         self, q: Tensor, scale: float | None = None, output_final_state: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Wait for the states and compute the output of the op; the arguments are the module's common ones."""
         k = self.tokens.k
+        alike = [*k.shape[:3], self.widths[0]]
 
         def check() -> None:
-            if q.shape != k.shape or q.dtype != k.dtype:
+            if list(q.shape) != alike or q.dtype != k.dtype:
                 raise ValueError(
-                    f"{self.op}: q and k must be alike, "
-                    f"given q {_kind(q)} {list(q.shape)} and k {_kind(k)} {list(k.shape)}"
+                    f"{self.op}: q and k must be alike, given q {_kind(q)} {list(q.shape)} and k {_kind(k)} {alike}"
                 )
+            if scale == 0:
+                raise ValueError(f"{self.op}: scale must not be 0, which makes all outputs 0")
 
         agree(
             self.sp,
@@ -69,15 +76,19 @@ class Pending:
             check,
         )
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if k.shape[-1] != q.shape[-1]:
+            q = F.pad(q, (0, k.shape[-1] - q.shape[-1]))
         final: Tensor | None
         if self.linear is not None:
             o, final = self.linear.finish(q, scale, output_final_state)
         else:
             o, final = unmasked_linear(self.recurrence, q, self.tokens, self.initial_state, self.sp, scale)
+        K, V = self.widths
+        o = o if o.shape[-1] == V else o[..., :V]
         if not output_final_state:
             return o, None
         assert final is not None
-        return o, final.flatten(0, 1)
+        return o, final[..., :K, :V].flatten(0, 1)
 
 
 def start(
@@ -132,13 +143,17 @@ def start(
 
     agree(seq, statement, check)
     states = None if initial_state is None else initial_state.unflatten(0, (k.shape[0], -1))
-    gates: tuple[Tensor, ...] = ()
-    if g is not None:
-        gates = (g.expand(k.shape[:3]) if g.dim() == 1 else g,)
-    tokens = Tokens(k, v, gates)
-    recurrence = ChunkedDecay()
+    widths = (k.shape[-1], v.shape[-1])
+    recurrence = elementwise_decay(Tokens(k, v, () if g is None else (g,)))
+    pad = [-width % recurrence.width_multiple for width in widths]
+    if any(pad):
+        # Further columns of zeros change nothing in the others. A gate of them stays 0.
+        k, v = F.pad(k, (0, pad[0])), F.pad(v, (0, pad[1]))
+        g = F.pad(g, (0, pad[0])) if g is not None and g.dim() == 4 else g
+        states = None if states is None else F.pad(states, (0, pad[1], 0, pad[0]))
+    tokens = Tokens(k, v, () if g is None else (g,))
     linear = start_linear(recurrence, tokens, states, seq) if causal else None
-    return Pending(op, recurrence, tokens, states, seq, linear)
+    return Pending(op, recurrence, tokens, states, seq, linear, widths)
 
 
 def linear_attn(

@@ -6,11 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.kernels import Chain, Summary
+from lasp.kernels import Chain, Course, Summary
 from lasp.parallel.layout import SequenceLayout
 
 
@@ -54,32 +53,22 @@ class Route:
         return max(self.runs_per_rank)
 
     @cached_property
-    def chain(self) -> Chain:
-        """All runs, composed in order."""
-        return Chain([len(self.order)])
-
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each run in order, its row among ``world_size · slots``; for each run of this rank, its place in the order."""
-        if device not in self._places:
-            rows = [rank * self.slots + run for rank, run in self.order]
-            mine = sorted((run, at) for at, (rank, run) in enumerate(self.order) if rank == self.rank)
-            self._places[device] = (
-                torch.tensor(rows, dtype=torch.long, device=device),
-                torch.tensor([at for _, at in mine], dtype=torch.long, device=device),
-            )
-        return self._places[device]
-
-    @cached_property
-    def _places(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
-        return {}
+    def course(self) -> Course:
+        """All runs in order, from rows of ``world_size · slots`` runs, to the states before this rank's."""
+        row = {key: key[0] * self.slots + key[1] for key in self.order}
+        mine = [row[self.rank, run] for run in range(self.runs_per_rank[self.rank])]
+        return Course([Chain(tuple(row[key] for key in self.order))] if self.order else [], 0, mine)
 
 
 class PendingStates(ABC):
     """An exchange that is under way."""
 
     @abstractmethod
-    def wait(self) -> Tensor:
-        """The state that enters each of this rank's runs ``[B, R, H, K, V]``: what all runs before it compose to."""
+    def wait(self) -> Tensor | None:
+        """The state that enters each of this rank's runs ``[B, R, H, K, V]``: what all runs before it compose to.
+
+        None where nothing can enter them.
+        """
 
 
 class Exchange(ABC):

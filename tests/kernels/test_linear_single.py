@@ -47,8 +47,14 @@ def results(fast: bool, tensors: dict[str, Tensor], cotangents: tuple[Tensor, Te
 
 
 def check(
-    decay: str, strength: str, dtype: torch.dtype, cu_seqlens: tuple[int, ...] | None, causal: bool, **sizes: int
-):
+    decay: str,
+    strength: str,
+    dtype: torch.dtype,
+    cu_seqlens: tuple[int, ...] | None,
+    causal: bool,
+    device: str = "cpu",
+    **sizes: int,
+) -> None:
     x = Inputs(0, dtype)
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -60,7 +66,8 @@ def check(
     cotangents = x.normal(B, T, H, V), x.normal(N, H, K, V)
     options = {"cu_seqlens": cu_seqlens, "causal": causal}
     with poisoned_memory():
-        given = results(True, tensors, cotangents, **options)
+        there = {name: y.to(device) for name, y in tensors.items()}
+        given = results(True, there, (cotangents[0].to(device), cotangents[1].to(device)), **options)
     assert_close(given, results(False, tensors, cotangents, **options), TOLERANCE[dtype])
 
 
@@ -123,11 +130,13 @@ def test_low_precision_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
     assert_close({"o": o}, {"o": expected}, {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype])
 
 
-def test_only_the_run_s_entry_state_is_kept() -> None:
-    """Besides the inputs, nothing that grows with the sequence waits for the backward pass."""
+@pytest.mark.parametrize(("K", "V", "states"), [(8, 8, 16), (128, 256, 0)])
+def test_the_states_kept_are_never_more_than_keys_and_values(K: int, V: int, states: int) -> None:
+    """Besides the inputs only states wait for the backward pass, and not if they are the larger part."""
     kept: list[int] = []
     x = Inputs(0, torch.float32)
-    q, k, v = (x.normal(1, 1024, 2, 8).requires_grad_() for _ in range(3))
+    q, k, v = (x.normal(1, 1024, 2, width).requires_grad_() for width in (K, K, V))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         start(k, v).finish(q)
-    assert sorted(kept) == sorted([2 * 8 * 8, *[x.numel() for x in (q, k, v)]])
+    inputs = [x.numel() for x in (q, k, v)]
+    assert sorted(kept) == sorted([*inputs, *([states * 2 * K * V] if states else [])])

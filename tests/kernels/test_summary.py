@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lasp.kernels import Chain, Summary
+from lasp.kernels import Chain, Course, Summary
 from lasp.kernels.summary import act
 from tests.support import Inputs, relative_error
 
@@ -42,22 +42,64 @@ def test_compose_is_one_run_after_the_other(family: str) -> None:
     assert relative_error(left.B, right.B) < 1e-14
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("reverse", [False, True])
-@given(lengths=st.lists(st.integers(0, 9), min_size=0, max_size=6))
-@settings(max_examples=40, deadline=None)
-def test_scan_composes_every_chain_by_itself(family: str, reverse: bool, lengths: list[int]) -> None:
-    runs = random_summary(family, sum(lengths))
-    scanned = Chain(lengths).scan(runs, reverse)
-    start = 0
-    for length in lengths:
-        indices = list(range(start, start + length))
-        total: Summary | None = None
-        for i in reversed(indices) if reverse else indices:
-            total = one(runs, i) if total is None else total.compose(one(runs, i))
-            assert relative_error(one(scanned, i).A, total.A) < 1e-13
-            assert relative_error(one(scanned, i).B, total.B) < 1e-13
+@st.composite
+def courses(draw: st.DrawFn) -> tuple[list[Chain], int, list[int] | None]:
+    """Any chains over maps in any order, some from a seed of their own, and the states wanted."""
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    members = draw(st.permutations(range(sum(lengths))))
+    seeds = draw(st.lists(st.none() | st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))
+    runs, run = [], -1
+    for i in range(len(lengths)):
+        # A chain without a seed starts a run; one with a seed may go on with the run before it.
+        run += 1 if i == 0 or seeds[i] is None or draw(st.booleans()) else 0
+        runs.append(run)
+    chains, start = [], 0
+    for length, seed, run in zip(lengths, seeds, runs, strict=True):
+        chains.append(Chain(tuple(members[start : start + length]), run, seed))
         start += length
+    wanted = draw(st.none() | st.lists(st.sampled_from(members), unique=True, min_size=1))
+    return chains, runs[-1] + 1, wanted
+
+
+def expected_course(
+    chains: list[Chain], wanted: list[int], maps: Summary, seeds: Tensor, entering: Tensor
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The state before each map and after each run, one map after the other."""
+    before, after = {}, {}
+    for chain in chains:
+        state = entering[:, chain.run : chain.run + 1]
+        if chain.seed is not None:
+            state = seeds[:, chain.seed : chain.seed + 1]
+        for member in chain.members:
+            before[member] = state
+            state = one(maps, member).apply(state)
+        after[chain.run] = state
+    return {m: before[m] for m in wanted}, after
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seeded", [True, False])
+@given(course=courses())
+@settings(max_examples=40, deadline=None)
+def test_a_course_is_one_map_after_the_other(
+    family: str, seeded: bool, course: tuple[list[Chain], int, list[int] | None]
+) -> None:
+    chains, runs, wanted = course
+    maps = random_summary(family, sum(len(chain.members) for chain in chains))
+    x = Inputs(1, torch.float64)
+    seeds, entering = x.normal(B, 3, H, K, V), x.normal(B, runs, H, K, V)
+    if not seeded:
+        seeds = torch.zeros_like(seeds)
+    built = Course(chains, runs, wanted)
+    before, whole = built.compose(maps, seeds if seeded else None)
+    slots = list(range(maps.count)) if wanted is None else wanted
+    states, after = expected_course(chains, slots, maps, seeds, entering)
+    given_states, given_after = built.enter(before, entering), whole.apply(entering)
+    for slot, member in enumerate(slots):
+        assert relative_error(given_states[:, slot : slot + 1], states[member]) < 1e-13
+    for run in range(runs):
+        assert relative_error(given_after[:, run : run + 1], after[run]) < 1e-13
+    assert torch.equal(whole.pack(), Summary(whole.A, whole.B).pack())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,17 +115,6 @@ def test_unpack_inverts_pack(family: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_in_which_a_document_starts_forgets(family: str) -> None:
-    runs = random_summary(family, 3)
-    state = Inputs(1, torch.float64).normal(B, 3, H, K, V)
-    opens = torch.tensor([False, True, False])
-    after = runs.reset(opens).apply(state)
-    assert torch.equal(after[:, 1], runs.B[:, 1])
-    assert torch.equal(after[:, ::2], runs.apply(state)[:, ::2])
-    assert not runs.void(opens).apply(state)[:, 1].any()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_long_chain_in_float32(family: str) -> None:
     """256 summaries composed lose no more than 1e-5."""
     exact = random_summary(family, 256)
@@ -91,8 +122,9 @@ def test_a_long_chain_in_float32(family: str) -> None:
         # Products of random matrices vanish; rotations, shrunk a little, keep the chain's memory long.
         rotations, _ = torch.linalg.qr(Inputs(5, torch.float64).normal(B, 256, H, K, K))
         exact = Summary(0.999 * rotations, exact.B)
-    rounded = Chain([256]).scan(Summary(exact.A.float(), exact.B.float()))
-    assert relative_error(rounded.B, Chain([256]).scan(exact).B) < 1e-5
+    course = Course([Chain(tuple(range(256)))], 1)
+    rounded, _ = course.compose(Summary(exact.A.float(), exact.B.float()), None)
+    assert relative_error(rounded.B, course.compose(exact, None)[0].B) < 1e-5
 
 
 def test_shapes_are_checked() -> None:

@@ -1,0 +1,48 @@
+"""What all kernels share: products of tiles at a stated precision, and the tokens of a segment as a tensor descriptor."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+#: Whether kernels run in Triton's interpreter, on CPU tensors. Read once, as Triton itself does.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# The interpreter multiplies the raw bits of bfloat16 tiles: there they are widened first.
+_WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
+#: Log-decays are kept in powers of two: exp2 is the instruction that the device has.
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def product(x, y, PRECISION: tl.constexpr):
+    """``x @ y`` in float32. PRECISION: "bf16", or how float32 tiles are multiplied: "tf32", "tf32x3", "ieee"."""
+    if PRECISION != "bf16":
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRECISION)
+    if _WIDEN:
+        return tl.dot(x.to(tl.bfloat16).to(tl.float32), y.to(tl.bfloat16).to(tl.float32))
+    return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
+
+
+@triton.jit
+def add_product(sum, x, y, PRECISION: tl.constexpr):
+    """``sum + x @ y``, as `product`."""
+    if PRECISION != "bf16":
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), sum, input_precision=PRECISION)
+    if _WIDEN:
+        return tl.dot(x.to(tl.bfloat16).to(tl.float32), y.to(tl.bfloat16).to(tl.float32), sum)
+    return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), sum)
+
+
+@triton.jit
+def tokens_of(x, first, length, heads, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    """One head's rows of ``x: [B, T, H, D]`` in a segment of `length` tokens, in tiles ``[C, BD]``.
+
+    `first` is the row of the segment's first token, ``(b · T + t) · H + h``, int64. What lies outside the segment reads as
+    zero and is not written.
+    """
+    return tl.make_tensor_descriptor(
+        x + first * D, shape=[length, D], strides=[heads.to(tl.int64) * D, 1], block_shape=[C, BD]
+    )

@@ -1,0 +1,58 @@
+"""Launching kernels without Triton's own look at every argument, which takes longer than a short kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lasp.kernels.triton.language import INTERPRETED
+
+
+def ready(x: Tensor) -> Tensor:
+    """x as kernels take it: contiguous, its first element at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+class Kernel:
+    """A Triton function whose compiled forms are found by the types of its tensors and by its constants alone.
+
+    Its tensors must be `ready` and its integers below 2³¹ or annotated. The constants stand last in its signature.
+
+    Args:
+        function: what ``@triton.jit`` made, with its integers not specialised.
+    """
+
+    def __init__(self, function: Any):
+        self.function = function
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any, warps: int, **constants: Any) -> None:
+        """Launch it on the device of the first argument."""
+        first: Tensor = arguments[0]
+        if 0 in grid:
+            return
+        if INTERPRETED:
+            self.function[grid](*arguments, **constants)
+        elif first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                self(grid, *arguments, warps=warps, **constants)
+        else:
+            # The autograd engine's threads do not inherit the allocator.
+            triton.set_allocator(_scratch)
+            values = tuple(constants.values())
+            key = (first.device.index, warps, values, *[x.dtype for x in arguments if isinstance(x, Tensor)])
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                assert list(constants) == self.function.arg_names[-len(constants) :], "constants stand last, in order"
+                self._compiled[key] = self.function[grid](*arguments, **constants, num_warps=warps)
+            else:
+                compiled[grid](*arguments, *values)
+
+
+def _scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    """Where the kernels' tensor descriptors stand."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

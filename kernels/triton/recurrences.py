@@ -1,0 +1,204 @@
+"""Recurrences with an elementwise transition on Triton's kernels: the form for GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.chunked import ChunkedDecay
+from lasp.kernels.recurrence import Recurrence, Tokens
+from lasp.kernels.segments import Segments
+from lasp.kernels.summary import Summary
+from lasp.kernels.triton import head_decay
+from lasp.kernels.triton.launch import Kernel, ready
+from lasp.kernels.triton.tiling import processors, segment_size, tiles
+
+_NONE, _CONSTANT, _BY_TOKEN = (kind.value for kind in (head_decay.NONE, head_decay.CONSTANT, head_decay.BY_TOKEN))
+#: How products are computed for the dtypes that the kernels take.
+PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
+
+cumulate, summarise, attend, attend_back, gate_gradient = (
+    Kernel(function)
+    for function in (
+        head_decay.cumulate,
+        head_decay.summarise,
+        head_decay.attend,
+        head_decay.attend_back,
+        head_decay.gate_gradient,
+    )
+)
+
+
+@dataclass(frozen=True)
+class TritonHeadDecay(Recurrence):
+    """``S_t = e^{g_t} S_{t-1} + k_t v_tᵀ`` with g none, ``[H]`` or ``[B, T, H]``, for bfloat16, float16 and float32.
+
+    Products are of bfloat16, of tf32 for float16, and of three tf32 parts, which is float32's accuracy, for float32.
+
+    Args:
+        segment_size: the longest segment, in tokens.
+        width_multiple: of which K and V must be multiples.
+    """
+
+    segment_size: int
+    width_multiple: int = 1
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> TritonHeadDecay:
+        """The recurrence for such tokens, in segments that fill their device."""
+        B, T, H, K = tokens.k.shape
+        tile = tiles(K, tokens.v.shape[-1], tokens.k.dtype)
+        size = segment_size(B * H * tile.blocks, T, tile.C, processors(tokens.k.device))
+        # The rows of a tensor descriptor start at multiples of 16 bytes.
+        return cls(size, 16 // tokens.k.element_size())
+
+    def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
+        k, v = ready(tokens.k), ready(tokens.v)
+        if not tokens.gates:
+            return Tokens(k, v)
+        g = ready(tokens.gates[0])
+        if g.dim() == 1:
+            return Tokens(k, v, (g,))
+        B, T, H = g.shape
+        C = tiles(k.shape[-1], v.shape[-1], k.dtype).C
+        G = torch.empty(B, H, T, dtype=torch.float32, device=g.device)
+        BH = 8
+        grid = (len(segments), min(64, -(-segments.size // C)), B * -(-H // BH))
+        cumulate(grid, g, G, segments.bounds(g.device), T, H, warps=2, C=C, BH=BH)
+        return Tokens(k, v, (g, G))
+
+    def summary(self, tokens: Tokens, segments: Segments) -> Summary:
+        return self._summary(tokens.k, tokens.v, tokens, segments, 1.0, False)
+
+    def adjoint_summary(self, q: Tensor, tokens: Tokens, do: Tensor, segments: Segments, scale: float) -> Summary:
+        return self._summary(ready(q), ready(do), tokens, segments, scale, True)
+
+    def output(self, q: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float) -> Tensor:
+        o = torch.empty_like(tokens.v)
+        self._attend(ready(q), tokens.k, tokens.v, o, tokens, entry, segments, scale, False, None)
+        return o
+
+    def query_gradient(
+        self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        q = ready(q)
+        dq = torch.empty_like(q)
+        partner = None
+        if gated:
+            B, T, H, K = q.shape
+            blocks = tiles(tokens.v.shape[-1], K, q.dtype).blocks
+            partner = torch.empty(blocks, B, H, T, dtype=torch.float32, device=q.device)
+        self._attend(ready(do), tokens.v, tokens.k, dq, tokens, entry, segments, scale, True, q, partner)
+        return dq, () if partner is None else (partner,)
+
+    def token_gradients(
+        self,
+        q: Tensor,
+        tokens: Tokens,
+        entry: Tensor,
+        do: Tensor,
+        exit_gradient: Tensor,
+        segments: Segments,
+        scale: float,
+        gated: bool,
+        kept: tuple[Tensor, ...],
+    ) -> Tokens:
+        q, do, k, v = ready(q), ready(do), tokens.k, tokens.v
+        B, T, H, K = k.shape
+        V, n = v.shape[-1], len(segments)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        bounds = segments.bounds(k.device)
+        kind, g, G = self._decay(tokens)
+        for_v, for_k = tiles(K, V, k.dtype), tiles(V, K, k.dtype)
+        k_dk = S_dS = entry
+        if gated:
+            k_dk = torch.empty_like(kept[0])
+            S_dS = torch.empty(for_k.blocks, B, H, n, dtype=torch.float32, device=k.device)
+        roles = [("dv", for_v, False), ("dk", for_k, gated)] if gated or K != V else [("both", for_v, False)]
+        for role, tile, with_gate in roles:
+            attend_back(
+                ((2 if role == "both" else 1) * tile.blocks, B * H, n),
+                q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, bounds, scale, 1 / scale, T, H, n,
+                K=K, V=V, BK=tiles(K, V, k.dtype).BA, BV=tiles(V, K, k.dtype).BA, BLOCK=tile.BC, C=tile.C, ROLE=role,
+                DECAY=kind, EXACT=_exact(k), GATED=with_gate, STAGES=tile.stages, PRECISION=PRECISION[k.dtype],
+                warps=tile.warps,
+            )  # fmt: skip
+        if not gated:
+            return Tokens(dk, dv)
+        constant = kind == _CONSTANT
+        dg = (
+            torch.empty(B, H, n, dtype=torch.float32, device=k.device)
+            if constant
+            else torch.empty_like(tokens.gates[0])
+        )
+        head_decay.gate_gradient[(B * H, n)](
+            dg,
+            kept[0],
+            k_dk,
+            S_dS,
+            bounds,
+            T,
+            H,
+            n,
+            for_k.blocks,
+            DECAY=kind,
+            SIZE=64 if k.device.type == "cpu" else 1024,
+        )
+        return Tokens(dk, dv, (dg.sum((0, 2)).to(tokens.gates[0].dtype) if constant else dg,))
+
+    def _decay(self, tokens: Tokens) -> tuple[int, Tensor, Tensor]:
+        """The kind of decay, g and G, or whatever stands for them where there is none."""
+        if not tokens.gates:
+            return _NONE, tokens.k, tokens.k
+        if len(tokens.gates) == 1:
+            return _CONSTANT, tokens.gates[0], tokens.gates[0]
+        return _BY_TOKEN, *tokens.gates
+
+    def _summary(
+        self, b: Tensor, c: Tensor, tokens: Tokens, segments: Segments, scale: float, reverse: bool
+    ) -> Summary:
+        B, T, H, DB = b.shape
+        DC, n = c.shape[-1], len(segments)
+        tile = tiles(DB, DC, b.dtype)
+        kind, g, G = self._decay(tokens)
+        S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
+        if kind == _NONE:
+            A = S.new_ones(()).expand(1, n, 1)
+        else:
+            A = torch.empty(B, n, H, dtype=torch.float32, device=b.device)
+        summarise(
+            (B * H, n, tile.blocks),
+            b, c, g, G, A, S, segments.bounds(b.device), scale, T, H, n,
+            DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, REVERSE=reverse, EXACT=_exact(b),
+            STAGES=3 if tile.stages > 1 else 1, PRECISION=PRECISION[b.dtype], warps=4,
+        )  # fmt: skip
+        return Summary(A, S)
+
+    def _attend(
+        self, a: Tensor, b: Tensor, c: Tensor, out: Tensor, tokens: Tokens, S: Tensor, segments: Segments, scale: float,
+        across: bool, x: Tensor | None, x_out: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        B, T, H, DA = a.shape
+        DC, n = c.shape[-1], len(segments)
+        tile = tiles(DA, DC, a.dtype)
+        kind, g, G = self._decay(tokens)
+        attend(
+            (B * H, n, tile.blocks),
+            a, b, c, out, g, G, S, a if x is None else x, S if x_out is None else x_out, segments.bounds(a.device),
+            scale, T, H, n, DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ACROSS=across, EXACT=_exact(a),
+            GATED=x_out is not None, STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
+        )  # fmt: skip
+
+
+def triton_decay(tokens: Tokens) -> Recurrence:
+    """The recurrence for such tokens, in segments that fill their device."""
+    if tokens.gates and tokens.gates[0].dim() == 4:
+        return ChunkedDecay()
+    return TritonHeadDecay.of(tokens)
+
+
+def _exact(x: Tensor) -> bool:
+    """Whether sums of log-decays may not be differences of longer ones: only where the result has the digits to show it."""
+    return x.dtype == torch.float32

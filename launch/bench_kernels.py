@@ -1,0 +1,412 @@
+"""The linear ops on one GPU beside their peers: time against the memory's and the tensor cores' floors, memory, accuracy.
+
+``python -m lasp.launch.bench_kernels --result bench.json`` measures, in one run, lasp, flash-linear-attention where it is
+installed, and torch's scaled_dot_product_attention. Every op is held to float64 before it is timed. Beside the JSON comes
+its plot.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp import SequenceLayout, SequenceParallel
+from lasp.kernels import ChunkedDecay, Tokens
+from lasp.launch.record import record
+from lasp.ops.linear import Pending, gla, lightning_attn, linear_attn, retention, retention_log_decay, simple_gla
+from lasp.parallel import start_linear
+
+Op = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of T tokens, H heads, K = V = D."""
+
+    B: int
+    T: int
+    H: int
+    D: int = 128
+
+    def __str__(self) -> str:
+        return f"B={self.B} T={self.T} H={self.H} D={self.D}"
+
+
+#: The shapes that are timed by default.
+SHAPES = (
+    Shape(1, 8192, 16),
+    Shape(1, 32768, 16),
+    Shape(1, 131072, 16),
+    Shape(1, 262144, 4),
+    Shape(8, 4096, 16),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    #: Ops, of those in `OPS`.
+    ops: tuple[str, ...] = ("linear_attn", "lightning_attn", "retention", "simple_gla", "gla")
+    #: Shapes as B,T,H,D; those of `SHAPES` when empty.
+    shapes: tuple[str, ...] = ()
+    #: Ranks of the fake group by which sequence parallelism's local work is measured; 0 leaves it out.
+    sp_size: int = 8
+    #: Timed calls, of which the median counts.
+    calls: int = 20
+    #: Where the JSON goes, and with another suffix the plot.
+    result: Path = Path("bench_kernels.json")
+
+
+# -- the ops ----------------------------------------------------------------------------------------------------------
+
+
+def lightning_decay(H: int, device: torch.device) -> Tensor:
+    """flash-linear-attention's, of the first of many layers: from 0 to nearly −8 a token."""
+    return -8 / H * torch.arange(H, dtype=torch.float32, device=device)
+
+
+def by_token(*axes: str) -> Callable[..., Tensor]:
+    """A log-decay as models have it at the start: logsigmoid of noise, divided by 16 as in GLA."""
+
+    def make(shape: Shape, device: torch.device, strength: float) -> Tensor:
+        sizes = {"B": shape.B, "T": shape.T, "H": shape.H, "K": shape.D}
+        noise = torch.randn(*(sizes[a] for a in axes), device=device)
+        return F.logsigmoid(noise) * strength
+
+    return make
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op, its gate, and its peer by name in flash-linear-attention."""
+
+    ours: Op
+    gate: Callable[..., Tensor] | None
+    peer: str
+    learnt: bool = False
+
+    def floor_bytes(self, shape: Shape, gate: Tensor | None) -> tuple[int, int]:
+        """The bytes of forward, and of both passes, when inputs are read once in each and outputs written once."""
+        tokens = shape.B * shape.T * shape.H * shape.D * 2
+        g = gate.nbytes if gate is not None and gate.dim() > 1 else 0
+        return 4 * tokens + g, 11 * tokens + 3 * g
+
+
+OPS: dict[str, Case] = {
+    "linear_attn": Case(linear_attn, None, "linear_attn.chunk_linear_attn"),
+    "lightning_attn": Case(
+        lightning_attn, lambda s, d, _strength: lightning_decay(s.H, d), "lightning_attn.chunk_lightning_attn"
+    ),
+    "retention": Case(retention, lambda s, d, _strength: retention_log_decay(s.H, d), "retention.chunk_retention"),
+    "simple_gla": Case(simple_gla, by_token("B", "T", "H"), "simple_gla.chunk_simple_gla", learnt=True),
+    "gla": Case(gla, by_token("B", "T", "H", "K"), "gla.chunk_gla", learnt=True),
+}
+
+
+def peer_of(name: str) -> Op | None:
+    """flash-linear-attention's op with the signature of ours, or None where it is not installed."""
+    try:
+        import fla.ops.common.chunk_o
+        import fla.ops.gla
+        import fla.ops.lightning_attn
+        import fla.ops.linear_attn
+        import fla.ops.retention
+        import fla.ops.simple_gla
+    except ImportError:
+        return None
+    # Before Triton 3.7.1 it refuses its gated backward on Hopper. At K = 128, which is measured here, it is right.
+    fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = True
+    module, function = OPS[name].peer.split(".")
+    op = getattr(getattr(fla.ops, module), function)
+    if name == "linear_attn":
+        return lambda q, k, v, _g: op(q, k, v, normalize=False)
+    if name == "lightning_attn":
+        return lambda q, k, v, _g: op(q, k, v, layer_idx=0, num_layers=10**9)
+    if name == "retention":
+        return lambda q, k, v, _g: op(q, k, v)
+    return lambda q, k, v, g: op(q, k, v, g)
+
+
+def ours(name: str, sp: SequenceParallel | None = None) -> Op:
+    case = OPS[name]
+    return lambda q, k, v, g: case.ours(q, k, v, *([] if g is None else [g]), sp=sp)
+
+
+# -- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def inputs(name: str, shape: Shape, strength: float, dtype: torch.dtype = torch.bfloat16) -> list[Tensor | None]:
+    """q, k, v, g and do, fresh."""
+    device = torch.device("cuda")
+    q, k, v, do = (torch.randn(shape.B, shape.T, shape.H, shape.D, device=device, dtype=dtype) for _ in range(4))
+    gate = OPS[name].gate
+    return [q, k, v, None if gate is None else gate(shape, device, strength), do]
+
+
+def results(op: Op, tensors: list[Tensor | None], learnt: bool) -> dict[str, Tensor]:
+    """The output and every gradient."""
+    *leaves, do = tensors
+    fresh = [None if x is None else x.detach().clone() for x in leaves]
+    wanted = {name: x for name, x in zip("qkvg", fresh, strict=True) if x is not None and (name != "g" or learnt)}
+    for x in wanted.values():
+        x.requires_grad_()
+    o = op(*fresh)
+    o = o[0] if isinstance(o, tuple) else o
+    o.backward(do)
+    found = {"o": o.detach()}
+    for name, x in wanted.items():
+        assert x.grad is not None
+        found[f"d{name}"] = x.grad
+    return found
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+    """The PyTorch form in float64, itself held to the token-by-token definition by the tests."""
+    tokens = Tokens(k, v, () if g is None else (g,))
+    sp = SequenceParallel.single(SequenceLayout.contiguous(q.shape[1], 1))
+    pending = start_linear(ChunkedDecay(), tokens, None, sp)
+    widths = (k.shape[-1], v.shape[-1])
+    return Pending("", ChunkedDecay(), tokens, None, sp, pending, widths).finish(q)[0]
+
+
+def errors(name: str, peer: Op | None, strength: float) -> dict[str, dict[str, float]]:
+    """Relative errors against float64, of ours and the peer's, on the same inputs."""
+    learnt = OPS[name].learnt
+    tensors = inputs(name, Shape(1, 4096, 4), strength)
+    want = results(exact, [None if x is None else x.double() for x in tensors], learnt)
+    found = {}
+    for who, op in (("lasp", ours(name)), ("fla", peer)):
+        if op is not None:
+            got = results(op, tensors, learnt)
+            found[who] = {key: ((got[key].double() - x).norm() / x.norm()).item() for key, x in want.items()}
+    return found
+
+
+# -- time and memory --------------------------------------------------------------------------------------------------
+
+
+def milliseconds(call: Callable[[], Any], calls: int) -> float:
+    """The median time of a call, on the device, the gaps between its kernels included."""
+    for _ in range(3):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    torch.cuda.synchronize()
+    for first, last in events:
+        first.record()
+        call()
+        last.record()
+    torch.cuda.synchronize()
+    return sorted(first.elapsed_time(last) for first, last in events)[calls // 2]
+
+
+@dataclass
+class Figure:
+    """One op at one shape.
+
+    Attributes:
+        forward: milliseconds.
+        both: forward and backward, milliseconds.
+        peak: GiB of both passes above the inputs.
+    """
+
+    forward: float = math.nan
+    both: float = math.nan
+    peak: float = math.nan
+
+
+def measure(op: Op, tensors: list[Tensor | None], learnt: bool, calls: int) -> Figure:
+    *leaves, do = tensors
+    q, k, v, g = leaves
+    wanted = [x for x in (q, k, v, g if learnt else None) if x is not None]
+
+    def forward() -> Tensor:
+        o = op(q, k, v, g)
+        return o[0] if isinstance(o, tuple) else o
+
+    def both() -> None:
+        for x in wanted:
+            x.grad = None
+        forward().backward(do)
+
+    with torch.no_grad():
+        figure = Figure(forward=milliseconds(forward, calls))
+    for x in wanted:
+        x.requires_grad_()
+    figure.both = milliseconds(both, calls)
+    for x in wanted:
+        x.grad = None
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    figure.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    for x in wanted:
+        x.grad = None
+        x.requires_grad_(False)
+    return figure
+
+
+def ceilings() -> tuple[float, float]:
+    """What the device copies, bytes a second, and multiplies in bfloat16, operations a second."""
+    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    y = torch.empty_like(x)
+    copied = 2 * x.nbytes / milliseconds(lambda: y.copy_(x), 10) * 1000
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return copied, 2 * 8192**3 / milliseconds(lambda: a @ b, 10) * 1000
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, _g: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+@contextmanager
+def fake_group(size: int) -> Iterator[dist.ProcessGroup]:
+    """A process group of `size` ranks of which this is one in the middle, and whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=size // 2 - 1, world_size=size)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+
+
+def sp_overhead(name: str, size: int, calls: int) -> dict[str, float]:
+    """Local work of one rank of `size`, over that of the same tokens without sequence parallelism."""
+    tensors, learnt = inputs(name, Shape(1, 32768, 16), 1 / 16), OPS[name].learnt
+    with fake_group(size) as group:
+        sp = SequenceParallel(group, SequenceLayout.contiguous(32768 * size, size))
+        # By turns, so that both see the same clocks.
+        runs = [(measure(ours(name, sp), tensors, learnt, calls), measure(ours(name), tensors, learnt, calls))]
+        runs += [(measure(ours(name, sp), tensors, learnt, calls), measure(ours(name), tensors, learnt, calls))]
+    with_sp, without = ([min(x.forward for x in xs), min(x.both for x in xs)] for xs in zip(*runs, strict=True))
+    return {"forward": with_sp[0] / without[0], "both": with_sp[1] / without[1]}
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """What is known of one op at one shape; milliseconds."""
+
+    op: str
+    shape: str
+    floor_forward: float
+    floor_both: float
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure everything, printing as it goes."""
+    copied, multiplied = ceilings()
+    print(
+        f"{torch.cuda.get_device_name()}: copies {copied / 1e12:.2f} TB/s, multiplies {multiplied / 1e12:.0f} TFLOP/s"
+    )
+    shapes = [Shape(*map(int, text.split(","))) for text in options.shapes] or list(SHAPES)
+    accuracy: dict[str, Any] = {}
+    rows: list[Row] = []
+    overhead: dict[str, Any] = {}
+    for name in options.ops:
+        case, peer = OPS[name], peer_of(name)
+        for kind, strength in (("weak", 1 / 16), ("strong", 8.0)) if case.learnt else (("", 1.0),):
+            found = errors(name, peer, strength)
+            accuracy[f"{name} {kind}".strip()] = found
+            for who, of in found.items():
+                print(f"{name:15} {kind:6} {who:5} error " + "  ".join(f"{key} {x:.1e}" for key, x in of.items()))
+        for shape in shapes:
+            tensors = inputs(name, shape, 1 / 16)
+            bytes_forward, bytes_both = case.floor_bytes(shape, tensors[3])
+            row = Row(name, str(shape), bytes_forward / copied * 1000, bytes_both / copied * 1000)
+            for who, op in (("lasp", ours(name)), ("fla", peer)):
+                if op is not None:
+                    row.figures[who] = measure(op, tensors, case.learnt, options.calls)
+            rows.append(row)
+            print(line(row), flush=True)
+            del tensors
+            torch.cuda.empty_cache()
+        if options.sp_size:
+            overhead[name] = sp_overhead(name, options.sp_size, options.calls)
+            print(f"{name:15} one rank of {options.sp_size}, local work: " + str(overhead[name]), flush=True)
+    softmax = {}
+    for shape in shapes:
+        if shape.T <= 32768:
+            softmax[str(shape)] = measure(sdpa, inputs("linear_attn", shape, 1.0), False, options.calls)
+            print(f"{'softmax (SDPA)':15} {shape!s:26} {softmax[str(shape)]}", flush=True)
+    return {
+        "copy_bytes_per_second": copied,
+        "bf16_flop_per_second": multiplied,
+        "errors": accuracy,
+        "times": rows,
+        "sp_local_work": overhead,
+        "softmax": softmax,
+    }
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    text = f"{row.op:15} {row.shape:26} floor {row.floor_forward:6.3f} {row.floor_both:6.3f}"
+    for who, x in row.figures.items():
+        text += f" | {who} {x.forward:7.3f} {x.both:7.3f} ms {x.peak:5.2f} GiB"
+    if len(row.figures) == 2:
+        a, b = row.figures.values()
+        text += f" | faster {b.forward / a.forward:4.2f} {b.both / a.both:4.2f}"
+    return text
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Times of both passes over the memory's floor, a panel a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 3.4), squeeze=False, sharey=True)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        here = [row for row in rows if row.shape == shape]
+        for i, (who, color) in enumerate((("lasp", "tab:blue"), ("fla", "tab:gray"))):
+            heights = [row.figures[who].both / row.floor_both if who in row.figures else 0 for row in here]
+            axis.bar([x + 0.4 * i for x in range(len(here))], heights, 0.4, label=who, color=color)
+        axis.set_xticks([x + 0.2 for x in range(len(here))], [row.op for row in here], rotation=60, ha="right")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_title(shape, fontsize=9)
+    axes[0][0].set_ylabel("forward + backward over the memory's floor")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    import tyro
+
+    options = tyro.cli(Options, description=__doc__)
+    if not torch.cuda.is_available():
+        sys.exit("bench_kernels measures a GPU, and torch finds none here")
+    unknown = [name for name in options.ops if name not in OPS]
+    if unknown:
+        sys.exit(f"unknown --ops {', '.join(unknown)}: expected some of {', '.join(OPS)}")
+    figures = run(options)
+    command = "python -m lasp.launch.bench_kernels " + shlex.join(sys.argv[1:])
+    record(options.result, command, figures)
+    plot(figures["times"], options.result.with_suffix(".png"))
+    print(f"written to {options.result} and {options.result.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Triton's kernels against PyTorch in float64: in Triton's interpreter where there is no GPU, compiled where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from lasp.kernels import ChunkedDecay, Course, Recurrence, Segments, Summary, Tokens
+from lasp.ops.linear import start
+from tests.kernels import test_linear_single
+from tests.kernels.test_summary import courses, random_summary
+from tests.support import Inputs, assert_close, poisoned_memory, relative_error
+
+pytest.importorskip("triton")
+from lasp.kernels.triton.recurrences import TritonHeadDecay
+from lasp.kernels.triton.scan import compose
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+#: The axes of the log-decays.
+DECAYS = {"none": None, "constant": "H", "by token": "B T H"}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    # The decays of pairs that are masked overflow, and are not looked at.
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+
+def results(
+    recurrence: Recurrence, segments: Segments, q: Tensor, tokens: Tokens, do: Tensor, entry: Tensor, exit: Tensor
+) -> dict[str, Tensor]:
+    """Everything that a recurrence computes. Transitions are seen beside 1: strong ones underflow."""
+    scale, gated = 0.3, bool(tokens.gates)
+    given = recurrence.prepare(tokens, segments)
+    maps = recurrence.summary(given, segments)
+    adjoint = recurrence.adjoint_summary(q, given, do, segments, scale)
+    dq, kept = recurrence.query_gradient(q, given, entry, do, segments, scale, gated)
+    grads = recurrence.token_gradients(q, given, entry, do, exit, segments, scale, gated, kept)
+    found = {
+        "A": 1 + maps.A.expand(maps.B.shape[:3] + maps.A.shape[3:]),
+        "B": maps.B,
+        "adjoint A": 1 + adjoint.A.expand(maps.B.shape[:3] + maps.A.shape[3:]),
+        "adjoint B": adjoint.B,
+        "o": recurrence.output(q, given, entry, segments, scale),
+        "dq": dq,
+        "dk": grads.k,
+        "dv": grads.v,
+    }
+    if gated:
+        found["dg"] = grads.gates[0].sum_to_size(tokens.gates[0].shape)
+    return found
+
+
+def check(
+    form: type[TritonHeadDecay],
+    decay: str,
+    dtype: torch.dtype,
+    lengths: tuple[int, ...],
+    strength: float = 0.3,
+    tolerance: float | None = None,
+    **sizes: int,
+) -> None:
+    """Every function of a form, on segments of the given lengths, against PyTorch's in float64."""
+    x = Inputs(0, dtype)
+    B, H, K, V = (sizes[axis] for axis in "BHKV")
+    T, n = sum(lengths), len(lengths)
+    q, k, v, do = (y.to(DEVICE) for y in (x.normal(B, T, H, w) for w in (K, K, V, V)))
+    gates: tuple[Tensor, ...] = ()
+    if DECAYS[decay] is not None:
+        axes = {"B": B, "T": T, "H": H, "K": K}
+        g = -strength * Inputs(1, torch.float32).uniform(*(axes[a] for a in DECAYS[decay].split()))
+        if g.dim() > 1:
+            # Strong and weak by turns.
+            g[:, ::3] *= 1e-3
+        gates = (g.to(DEVICE),)
+    states = Inputs(2, torch.float32)
+    entry, exit = (states.normal(B, n, H, K, V).to(DEVICE) for _ in range(2))
+    longest = max(lengths)
+    with poisoned_memory():
+        given = results(form(longest), Segments(lengths, longest), q, Tokens(k, v, gates), do, entry, exit)
+    wide = [y.double() for y in (q, k, v, do, entry, exit)]
+    size = 1 << (longest - 1).bit_length()
+    want = results(
+        ChunkedDecay(size),
+        Segments(lengths, size),
+        wide[0],
+        Tokens(wide[1], wide[2], tuple(g.double() for g in gates)),
+        *wide[3:],
+    )
+    assert_close(given, want, TOLERANCE[dtype] if tolerance is None else tolerance)
+
+
+@pytest.mark.parametrize("decay", ["none", "constant", "by token"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_one_number_a_head(decay: str, dtype: torch.dtype) -> None:
+    check(TritonHeadDecay, decay, dtype, (40, 1, 23), B=2, H=3, K=16, V=24)
+
+
+@pytest.mark.parametrize("decay", ["constant", "by token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_strong_number_a_head(decay: str, dtype: torch.dtype) -> None:
+    # A constant decay's gradient is a sum over all tokens of what little a strong one lets through.
+    tolerance = {torch.float32: 2e-5 if decay == "constant" else 2e-6, torch.bfloat16: 2e-2}[dtype]
+    check(TritonHeadDecay, decay, dtype, (35, 20), 30, tolerance, B=1, H=2, K=16, V=16)
+
+
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (20, 72), (128, 16), (16, 256), (256, 256)])
+def test_widths(K: int, V: int) -> None:
+    check(TritonHeadDecay, "by token", torch.float32, (33,), B=1, H=1, K=K, V=V)
+
+
+@given(course=courses())
+@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("family", ["identity", "scalar", "diagonal"])
+@pytest.mark.parametrize("seeded", [True, False])
+def test_courses(family: str, seeded: bool, course: tuple) -> None:
+    chains, runs, wanted = course
+    maps = random_summary(family, sum(len(chain.members) for chain in chains), dtype=torch.float32)
+    maps = Summary(maps.A.to(DEVICE), maps.B.to(DEVICE))
+    seeds = Inputs(1, torch.float32).normal(maps.B.shape[0], 3, *maps.B.shape[2:]).to(DEVICE) if seeded else None
+    built = Course(chains, runs, wanted)
+    host = Summary(maps.A.double().cpu(), maps.B.double().cpu())
+    want = built.compose(host, None if seeds is None else seeds.double().cpu())
+    with poisoned_memory():
+        given_ = compose(built, maps, seeds)
+    for ours, theirs in zip(given_, want, strict=True):
+        assert relative_error(ours.A, theirs.A) < 1e-6
+        assert relative_error(ours.B, theirs.B) < 1e-6
+        assert relative_error(ours.pack(), theirs.pack()) < 1e-6
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels for all tensors but float64 ones, in the interpreter where there is no GPU."""
+    monkeypatch.setattr("lasp.kernels.triton.serves", lambda x: x.dtype != torch.float64)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("decay", test_linear_single.DECAYS)
+@pytest.mark.parametrize("causal", [True, False], ids=["masked", "unmasked"])
+@pytest.mark.parametrize(("cu_seqlens", "batch"), [(None, 2), ((0, 1, 30, 70), 1)], ids=["one", "packed"])
+def test_the_ops_equal_the_definition(decay: str, causal: bool, cu_seqlens: tuple[int, ...] | None, batch: int) -> None:
+    """Segments composed, documents, initial and final states, padded widths."""
+    test_linear_single.check(decay, "mixed", torch.float32, cu_seqlens, causal, DEVICE, B=batch, T=70, H=2, K=5, V=7)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("decay", test_linear_single.DECAYS)
+def test_one_document_from_nothing(decay: str) -> None:
+    """Nothing enters the run: its states are read as they were composed."""
+    x = Inputs(0, torch.float32)
+    q, k, v = (x.normal(1, 70, 2, 8).to(DEVICE) for _ in range(3))
+    g = test_linear_single.log_decay(x, decay, "mixed", {"B": 1, "T": 70, "H": 2, "K": 8})
+    g = None if g is None else g.to(DEVICE)
+    o, _ = start(k, v, g).finish(q)
+    wide = [None if y is None else y.double() for y in (k, v, g)]
+    expected, _ = start(*wide).finish(q.double())
+    assert_close({"o": o}, {"o": expected}, 2e-6)
