@@ -12,7 +12,10 @@ and i: never positive, so nothing overflows, and never the difference of two lon
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +23,20 @@ from torch import Tensor
 from lasp.kernels.recurrence import Recurrence, Tokens
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _as_given(method: Callable[P, R]) -> Callable[P, R]:
+    """Products in the dtypes that stand here: autocast, which a model may be in, would round states to its own."""
+
+    @wraps(method)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return method(*args, **kwargs)
+
+    return exact
 
 
 @dataclass(frozen=True)
@@ -45,11 +62,13 @@ class ChunkedDecay(Recurrence):
         # A constant decay is computed with as one by token; its gradient is then the tokens' sum.
         return replace(tokens, gates=tuple(g.expand(tokens.k.shape[:3]) if g.dim() == 1 else g for g in tokens.gates))
 
+    @_as_given
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
         k, v = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v))
         decay = _Decay.of(tokens, segments)
         return Summary(decay.whole, (k * decay.to_end).transpose(-1, -2) @ v)
 
+    @_as_given
     def output(self, q: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float) -> Tensor:
         k, v = (_chunks(x, tokens, segments) for x in (tokens.k, tokens.v))
         q = _chunks(q, tokens, segments) * scale
@@ -57,11 +76,13 @@ class ChunkedDecay(Recurrence):
         o = (q * decay.from_start) @ entry + decay.scores(q, k) @ v
         return _tokens(o, segments, tokens.v)
 
+    @_as_given
     def adjoint_summary(self, q: Tensor, tokens: Tokens, do: Tensor, segments: Segments, scale: float) -> Summary:
         q, do = _chunks(q, tokens, segments) * scale, _chunks(do, tokens, segments)
         decay = _Decay.of(tokens, segments)
         return Summary(decay.whole, (q * decay.from_start).transpose(-1, -2) @ do)
 
+    @_as_given
     def query_gradient(
         self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -70,6 +91,7 @@ class ChunkedDecay(Recurrence):
         dq = (do @ entry.transpose(-1, -2)) * decay.from_start + decay.weigh_keys(do @ v.transpose(-1, -2), k)
         return _tokens(dq * scale, segments, q), ()
 
+    @_as_given
     def token_gradients(
         self,
         q: Tensor,

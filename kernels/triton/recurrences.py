@@ -7,28 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lasp.kernels.chunked import ChunkedDecay
 from lasp.kernels.recurrence import Recurrence, Tokens
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton import head_decay
+from lasp.kernels.triton import head_decay, key_decay
 from lasp.kernels.triton.launch import Kernel, ready
-from lasp.kernels.triton.tiling import processors, segment_size, tiles
+from lasp.kernels.triton.tiling import key_tiles, processors, segment_size, tiles
 
 _NONE, _CONSTANT, _BY_TOKEN = (kind.value for kind in (head_decay.NONE, head_decay.CONSTANT, head_decay.BY_TOKEN))
 #: How products are computed for the dtypes that the kernels take.
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 
-cumulate, summarise, attend, attend_back, gate_gradient = (
-    Kernel(function)
-    for function in (
-        head_decay.cumulate,
-        head_decay.summarise,
-        head_decay.attend,
-        head_decay.attend_back,
-        head_decay.gate_gradient,
-    )
-)
+cumulate = Kernel(head_decay.cumulate)
+summarise = Kernel(head_decay.summarise)
+attend = Kernel(head_decay.attend)
+attend_back = Kernel(head_decay.attend_back)
+gate_gradient = Kernel(head_decay.gate_gradient)
+summarise_keys = Kernel(key_decay.summarise_keys)
+attend_along_keys = Kernel(key_decay.attend_along_keys)
+attend_across_keys = Kernel(key_decay.attend_across_keys)
 
 
 @dataclass(frozen=True)
@@ -133,19 +130,10 @@ class TritonHeadDecay(Recurrence):
             if constant
             else torch.empty_like(tokens.gates[0])
         )
-        head_decay.gate_gradient[(B * H, n)](
-            dg,
-            kept[0],
-            k_dk,
-            S_dS,
-            bounds,
-            T,
-            H,
-            n,
-            for_k.blocks,
-            DECAY=kind,
-            SIZE=64 if k.device.type == "cpu" else 1024,
-        )
+        gate_gradient(
+            (B * H, n, 1), dg, kept[0], k_dk, S_dS, bounds, T, H, n, for_k.blocks,
+            DECAY=kind, SIZE=64 if k.device.type == "cpu" else 1024, warps=4,
+        )  # fmt: skip
         return Tokens(dk, dv, (dg.sum((0, 2)).to(tokens.gates[0].dtype) if constant else dg,))
 
     def _decay(self, tokens: Tokens) -> tuple[int, Tensor, Tensor]:
@@ -192,10 +180,131 @@ class TritonHeadDecay(Recurrence):
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class TritonKeyDecay(Recurrence):
+    """``S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ`` with g ``[B, T, H, K]``, for bfloat16, float16 and float32.
+
+    Precision and arguments: as of `TritonHeadDecay`.
+    """
+
+    segment_size: int
+    width_multiple: int = 1
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> TritonKeyDecay:
+        """The recurrence for such tokens, in segments that fill their device."""
+        B, T, H, K = tokens.k.shape
+        tile = key_tiles(K, tokens.v.shape[-1], tokens.k.dtype)
+        size = segment_size(B * H * tile.blocks, T, 2 * tile.C, processors(tokens.k.device))
+        return cls(size, 16 // tokens.k.element_size())
+
+    def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
+        (g,) = tokens.gates
+        # The rows of a tensor descriptor start at multiples of 16 bytes.
+        g = g.float() if g.element_size() < tokens.k.element_size() else g
+        return Tokens(ready(tokens.k), ready(tokens.v), (ready(g),))
+
+    def summary(self, tokens: Tokens, segments: Segments) -> Summary:
+        return self._summary(tokens.k, tokens.v, tokens, segments, 1.0, False)
+
+    def adjoint_summary(self, q: Tensor, tokens: Tokens, do: Tensor, segments: Segments, scale: float) -> Summary:
+        return self._summary(ready(q), ready(do), tokens, segments, scale, True)
+
+    def output(self, q: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float) -> Tensor:
+        return self._along(ready(q), tokens.k, tokens.v, tokens, entry, segments, scale, False)
+
+    def query_gradient(
+        self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        q, g = ready(q), tokens.gates[0]
+        kept = (torch.empty_like(g, dtype=torch.float32), torch.empty_like(entry)) if gated else ()
+        dq = self._across(ready(do), tokens.v, tokens.k, q, tokens, entry, kept, g, segments, scale, False)
+        return dq, kept
+
+    def token_gradients(
+        self,
+        q: Tensor,
+        tokens: Tokens,
+        entry: Tensor,
+        do: Tensor,
+        exit_gradient: Tensor,
+        segments: Segments,
+        scale: float,
+        gated: bool,
+        kept: tuple[Tensor, ...],
+    ) -> Tokens:
+        q, do, (g,) = ready(q), ready(do), tokens.gates
+        dv = self._along(tokens.k, q, do, tokens, exit_gradient, segments, scale, True)
+        dg = g
+        if gated:
+            dg = kept[0] if g.dtype == torch.float32 else torch.empty_like(g)
+        dk = self._across(tokens.v, do, q, tokens.k, tokens, exit_gradient, kept, dg, segments, scale, True)
+        return Tokens(dk, dv, (dg,) if gated else ())
+
+    def _summary(
+        self, b: Tensor, c: Tensor, tokens: Tokens, segments: Segments, scale: float, reverse: bool
+    ) -> Summary:
+        B, T, H, DB = b.shape
+        DC, n = c.shape[-1], len(segments)
+        tile = tiles(DB, DC, b.dtype)
+        S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
+        A = torch.empty(B, n, H, DB, dtype=torch.float32, device=b.device)
+        summarise_keys(
+            (B * H, n, tile.blocks),
+            b, c, tokens.gates[0], A, S, segments.bounds(b.device), scale, T, H, n,
+            DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, STAGES=2 if tile.stages > 1 else 1,
+            PRECISION=PRECISION[b.dtype], warps=8 if tile.warps == 8 else 4,
+        )  # fmt: skip
+        return Summary(A, S)
+
+    def _along(
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        tokens: Tokens,
+        S: Tensor,
+        segments: Segments,
+        scale: float,
+        reverse: bool,
+    ) -> Tensor:
+        B, T, H, DA = a.shape
+        DC, n = c.shape[-1], len(segments)
+        out = torch.empty_like(c)
+        tile = key_tiles(DA, DC, a.dtype)
+        # The states' gradients have the scale in them.
+        unscale = 1 / scale if reverse else 1.0
+        attend_along_keys(
+            (B * H, n, tile.blocks),
+            a, b, c, out, tokens.gates[0], S, segments.bounds(a.device), scale, unscale, T, H, n,
+            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, REVERSE=reverse, STAGES=tile.stages,
+            PAIRS="tf32x3" if a.dtype == torch.float32 else "tf32", PRECISION=PRECISION[a.dtype], warps=tile.warps,
+        )  # fmt: skip
+        return out
+
+    def _across(
+        self, a: Tensor, b: Tensor, c: Tensor, x: Tensor, tokens: Tokens, S: Tensor, kept: tuple[Tensor, ...],
+        dg: Tensor, segments: Segments, scale: float, reverse: bool,
+    ) -> Tensor:  # fmt: skip
+        B, T, H, DA = a.shape
+        DC, n = c.shape[-1], len(segments)
+        out = torch.empty_like(c)
+        tile = key_tiles(DA, DC, a.dtype)
+        partner, S_exit = kept if kept else (S, S)
+        unscale = 1 / scale if reverse else 1.0
+        attend_across_keys(
+            (B * H, n, tile.blocks),
+            a, b, c, out, x, tokens.gates[0], S, S_exit, partner, dg, segments.bounds(a.device), scale, unscale, T, H, n,
+            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, REVERSE=reverse, GATED=bool(kept), STAGES=tile.stages,
+            PRECISION=PRECISION[a.dtype], warps=tile.warps,
+        )  # fmt: skip
+        return out
+
+
 def triton_decay(tokens: Tokens) -> Recurrence:
     """The recurrence for such tokens, in segments that fill their device."""
     if tokens.gates and tokens.gates[0].dim() == 4:
-        return ChunkedDecay()
+        return TritonKeyDecay.of(tokens)
     return TritonHeadDecay.of(tokens)
 
 

@@ -15,7 +15,7 @@ from lasp.kernels.triton.language import INTERPRETED
 
 @dataclass(frozen=True)
 class Tiles:
-    """How `head_decay`'s kernels are cut for products of width DA with columns of width DC.
+    """How kernels are cut for products of width DA with columns of width DC.
 
     Attributes:
         BA: DA, padded to a power of two.
@@ -50,6 +50,19 @@ def tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
     if INTERPRETED:
         C = 16
     return Tiles(BA, BC, -(-DC // BC), C, warps, stages)
+
+
+@cache
+def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of `key_decay`'s kernels, whose chunks are of 16 tokens."""
+    BA, BC = padded(DA), padded(DC)
+    if dtype != torch.bfloat16:
+        warps, stages, BC = 4, 1, min(BC, 32)
+    elif BA > 128:
+        warps, stages, BC = 8, 2, min(BC, 64)
+    else:
+        warps, stages, BC = 4, 3, min(BC, 64)
+    return Tiles(BA, BC, -(-DC // BC), 16, warps, stages)
 
 
 def padded(width: int) -> int:

@@ -130,6 +130,21 @@ def test_low_precision_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
     assert_close({"o": o}, {"o": expected}, {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype])
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_autocast_rounds_no_state(decay: str) -> None:
+    x = Inputs(0, torch.bfloat16)
+    q, k, v = (x.normal(1, 300, 2, 8).requires_grad_() for _ in range(3))
+    g = log_decay(x, decay, "weak", {"B": 1, "T": 300, "H": 2, "K": 8})
+    both = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o, final = start(k, v, g).finish(q, output_final_state=True)
+        assert final is not None
+        both.append((o, final, *torch.autograd.grad(o.float().sum() + final.sum(), (q, k, v))))
+    for without, within in zip(*both, strict=True):
+        assert torch.equal(without, within)
+
+
 @pytest.mark.parametrize(("K", "V", "states"), [(8, 8, 16), (128, 256, 0)])
 def test_the_states_kept_are_never_more_than_keys_and_values(K: int, V: int, states: int) -> None:
     """Besides the inputs only states wait for the backward pass, and not if they are the larger part."""

@@ -14,14 +14,14 @@ from tests.kernels.test_summary import courses, random_summary
 from tests.support import Inputs, assert_close, poisoned_memory, relative_error
 
 pytest.importorskip("triton")
-from lasp.kernels.triton.recurrences import TritonHeadDecay
+from lasp.kernels.triton.recurrences import TritonHeadDecay, TritonKeyDecay
 from lasp.kernels.triton.scan import compose
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 #: The axes of the log-decays.
-DECAYS = {"none": None, "constant": "H", "by token": "B T H"}
+DECAYS = {"none": None, "constant": "H", "by token": "B T H", "by key": "B T H K"}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
@@ -56,7 +56,7 @@ def results(
 
 
 def check(
-    form: type[TritonHeadDecay],
+    form: type[TritonHeadDecay] | type[TritonKeyDecay],
     decay: str,
     dtype: torch.dtype,
     lengths: tuple[int, ...],
@@ -108,9 +108,16 @@ def test_one_strong_number_a_head(decay: str, dtype: torch.dtype) -> None:
     check(TritonHeadDecay, decay, dtype, (35, 20), 30, tolerance, B=1, H=2, K=16, V=16)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("strength", [0.3, 30])
+def test_one_number_a_key(dtype: torch.dtype, strength: float) -> None:
+    check(TritonKeyDecay, "by key", dtype, (40, 1, 23), strength, B=2, H=3, K=16, V=24)
+
+
+@pytest.mark.parametrize("decay", ["by token", "by key"])
 @pytest.mark.parametrize(("K", "V"), [(16, 16), (20, 72), (128, 16), (16, 256), (256, 256)])
-def test_widths(K: int, V: int) -> None:
-    check(TritonHeadDecay, "by token", torch.float32, (33,), B=1, H=1, K=K, V=V)
+def test_widths(K: int, V: int, decay: str) -> None:
+    check(TritonKeyDecay if decay == "by key" else TritonHeadDecay, decay, torch.float32, (33,), B=1, H=1, K=K, V=V)
 
 
 @given(course=courses())
