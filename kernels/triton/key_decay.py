@@ -1,6 +1,6 @@
 """Triton kernels for linear attention with a decay a key dimension: GLA, HGRN2.
 
-The four products of a layer are those of `lasp.kernels.triton.head_decay`, on chunks of 16 tokens with the state on chip
+The four products of a layer are those of `lasp.kernels.triton.head_decay`, on chunks of C tokens with the state on chip
 across a segment. What differs is where the decay stands. In o and dv it is on the axis that a and b are multiplied along, in
 dq and dk on the columns of c and of the result:
 
@@ -14,11 +14,11 @@ dq and dk on the columns of c and of the result:
     ====  ===========================  ====================================================================
 
 Within a chunk ``e^{G_i − G_j}`` is a product of a factor of i and one of j, for products of tiles (GLA,
-https://arxiv.org/abs/2312.06635, section 4.3). Tokens of different halves of a chunk meet at its middle: both factors are at
-most 1. Tokens of one half of 8 meet at that half's middle, where factors above 1 occur; a log-decay below
-``_LEAST`` a token counts as that there, so that four of them stay far from overflow. ``2^_LEAST`` is under a float32's last
-digit of what it is added to. So no strength of decay is out of bounds, and all but the sums of log-decays runs on the tensor
-cores.
+https://arxiv.org/abs/2312.06635, section 4.3, has it at two levels). The chunk is halved again and again, down to `NEAR`
+tokens. A pair of tokens on either side of a halving meets at its middle: both factors are at most 1. Tokens of the same
+`NEAR` meet at their middle, where factors above 1 occur: a log-decay below `_LEAST` a token counts as that, so that they
+stay far from overflow. ``2^_LEAST`` is below the last digit of a float32 beside 1. So no strength of decay is out of bounds,
+and all but the factors runs on the tensor cores.
 """
 
 from __future__ import annotations
@@ -28,51 +28,65 @@ import triton.language as tl
 
 from lasp.kernels.triton.language import LOG2E, add_product, product, tokens_of
 
-#: Tokens a chunk.
-CHUNK: tl.constexpr = tl.constexpr(16)
-_HALF: tl.constexpr = tl.constexpr(8)
-_QUARTER: tl.constexpr = tl.constexpr(4)
-#: The least log-decay of one token between two tokens of one half, in powers of two.
+#: Tokens that are halved no further.
+NEAR: tl.constexpr = tl.constexpr(8)
+#: The least log-decay of one token, in powers of two.
 _LEAST: tl.constexpr = tl.constexpr(-25.0)
+#: As far from a near middle as four tokens of that can be.
+_FARTHEST: tl.constexpr = tl.constexpr(100.0)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def cumulate_keys(g, G, bounds, T, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """``G: [B, T, H, K]``: the running sum of g from the start of each chunk of C tokens, in powers of two, float32.
+
+    Grid: (B · H, segments, programs that share a segment's chunks).
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    start = tl.load(bounds + tl.program_id(1))
+    length = (tl.load(bounds + tl.program_id(1) + 1) - start).to(tl.int32)
+    columns = tl.arange(0, BK)
+    rows = tl.arange(0, C)
+    for t in range(tl.program_id(2) * C, length, tl.num_programs(2) * C):
+        at = (((bh // H) * T + start + t + rows) * H + bh % H)[:, None] * K + columns[None, :]
+        mask = (t + rows < length)[:, None] & (columns < K)[None, :]
+        x = tl.maximum(tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * LOG2E, _LEAST)
+        tl.store(G + at, tl.cumsum(x, 0), mask=mask)
 
 
 @triton.jit
-def _decays(g):
-    """Of a chunk's log-decays ``[CHUNK, D]`` in powers of two: the sums
+def _sums_at(G, rows, valid, heads, columns, D: tl.constexpr):
+    """The rows of a chunk's running sums, those beyond its last valid token being that token's."""
+    at = tl.minimum(rows, valid - 1).to(tl.int64)[:, None] * (heads.to(tl.int64) * D) + columns[None, :]
+    return tl.load(G + at, mask=(columns < D)[None, :], other=0.0)
 
-    from its start to each token, the token itself included; from each token, itself left out, to its end; between its
-    middle and each token; between the middle of the token's half and the token, negative from the middle on; and
-    ``[D]`` over the chunk.
-    """
-    D: tl.constexpr = g.shape[1]
-    halves = tl.reshape(g, [2, _HALF, D])
-    second = (tl.arange(0, 2) == 1)[:, None]
-    before = tl.cumsum(halves, 1)
-    after = tl.cumsum(halves, 1, reverse=True) - halves
-    sums = tl.sum(halves, 1)
-    total = tl.sum(sums, 0)
-    # What the other half adds: the first half's sum to the second, and the reverse.
-    other = total[None, :] - sums
-    enter = before + tl.where(second, other, 0.0)[:, None, :]
-    leave = after + tl.where(second, 0.0, other)[:, None, :]
-    across = tl.where(second[:, :, None], before, after)
-    bounded = tl.maximum(halves, _LEAST)
-    first_quarter = (tl.arange(0, _HALF) < _QUARTER)[None, :, None]
-    within = tl.cumsum(bounded, 1) - tl.sum(tl.where(first_quarter, bounded, 0.0), 1)[:, None, :]
-    return (
-        tl.reshape(enter, [CHUNK, D]),
-        tl.reshape(leave, [CHUNK, D]),
-        tl.reshape(across, [CHUNK, D]),
-        tl.reshape(within, [CHUNK, D]),
-        total,
-    )
+
+@triton.jit
+def _whole(G, valid, heads, columns, D: tl.constexpr):
+    """The sums over a whole chunk ``[columns]``."""
+    return tl.load(G + (valid - 1).to(tl.int64) * heads * D + columns, mask=columns < D, other=0.0)
+
+
+@triton.jit
+def _between_halves(sums, G, rows, valid, heads, columns, D: tl.constexpr, SIZE: tl.constexpr):
+    """The factor of each token to the middle of its block of 2 · SIZE tokens, before which or after which it stands."""
+    middle = rows // (2 * SIZE) * (2 * SIZE) + SIZE - 1
+    return tl.exp2(-tl.abs(sums - _sums_at(G, middle, valid, heads, columns, D)))
+
+
+@triton.jit
+def _near(sums, G, rows, valid, heads, columns, D: tl.constexpr):
+    """The sum between the middle of each token's `NEAR` tokens and the token, in powers of two."""
+    middle = rows // NEAR * NEAR + NEAR // 2 - 1
+    apart = sums - _sums_at(G, middle, valid, heads, columns, D)
+    return tl.minimum(tl.maximum(apart, -_FARTHEST), _FARTHEST)
 
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def summarise_keys(
     b,
     c,
-    g,
+    G,
     A,
     S,
     bounds,
@@ -102,7 +116,8 @@ def summarise_keys(
     first = (batch * T + start) * H + head
     bs = tokens_of(b, first, length, H, DB, C, BB)
     cs = tokens_of(c, first, length, H, DC, C, BC)
-    gs = tokens_of(g, first, length, H, DB, C, BB)
+    gs = tokens_of(G, first, length, H, DB, C, BB)
+    columns = tl.arange(0, BB)
     state = tl.zeros([BB, BC], dtype=tl.float32)
     decayed = tl.zeros([BB], dtype=tl.float32)
     count = tl.cdiv(length, C)
@@ -110,18 +125,16 @@ def summarise_keys(
         t = (count - 1 - i) * C if REVERSE else i * C
         tb = bs.load([t, 0])
         tc = cs.load([t, block * BC])
-        tg = gs.load([t, 0]).to(tl.float32) * LOG2E
-        if REVERSE:
-            sums = tl.cumsum(tg, 0)
-        else:
-            sums = tl.cumsum(tg, 0, reverse=True) - tg
-        whole = tl.sum(tg, 0)
-        tb = (tb * tl.exp2(sums)).to(tb.dtype)
+        sums = gs.load([t, 0])
+        whole = _whole(G + (first + t.to(tl.int64) * H) * DB, tl.minimum(length - t, C), H, columns, DB)
+        if not REVERSE:
+            sums = whole[None, :] - sums
+        tb = (tb.to(tl.float32) * tl.exp2(sums)).to(tb.dtype)
         state *= tl.exp2(whole)[:, None]
         decayed += whole
         state = add_product(state, tl.trans(tb), tc, PRECISION)
     place = (batch * n + segment) * H + head
-    down = tl.arange(0, BB)
+    down = columns
     across = block * BC + tl.arange(0, BC)
     tl.store(
         S + place * (DB * DC) + down[:, None] * DC + across[None, :],
@@ -138,7 +151,7 @@ def attend_along_keys(
     b,
     c,
     out,
-    g,
+    G,
     S,
     bounds,
     scale,
@@ -150,14 +163,16 @@ def attend_along_keys(
     DC: tl.constexpr,
     BA: tl.constexpr,
     BC: tl.constexpr,
+    C: tl.constexpr,
     REVERSE: tl.constexpr,
+    LEVELS: tl.constexpr,
     STAGES: tl.constexpr,
     PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """o, or REVERSE dv, from the states ``S: [B, n, H, DA, DC]`` at the segments' starts, or ends. Grid: as `summarise_keys`.
 
-    PAIRS: the precision of the products of a and b.
+    PAIRS: the precision of the products of a and b. LEVELS: how often a chunk of C tokens is halved to `NEAR`.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -166,39 +181,51 @@ def attend_along_keys(
     start = tl.load(bounds + segment)
     length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
     first = (batch * T + start) * H + head
-    as_ = tokens_of(a, first, length, H, DA, CHUNK, BA)
-    bs = tokens_of(b, first, length, H, DA, CHUNK, BA)
-    gs = tokens_of(g, first, length, H, DA, CHUNK, BA)
-    cs = tokens_of(c, first, length, H, DC, CHUNK, BC)
-    outs = tokens_of(out, first, length, H, DC, CHUNK, BC)
+    as_ = tokens_of(a, first, length, H, DA, C, BA)
+    bs = tokens_of(b, first, length, H, DA, C, BA)
+    gs = tokens_of(G, first, length, H, DA, C, BA)
+    cs = tokens_of(c, first, length, H, DC, C, BC)
+    outs = tokens_of(out, first, length, H, DC, C, BC)
 
     down = block * BC + tl.arange(0, BC)
     right = tl.arange(0, BA)
     place = ((batch * n + segment) * H + head) * (DA * DC)
     at = S + place + down[:, None] + right[None, :] * DC
     state = tl.load(at, mask=(down < DC)[:, None] & (right < DA)[None, :], other=0.0) * unscale
-    rows = tl.arange(0, CHUNK)
+    rows = tl.arange(0, C)
     seen = rows[:, None] >= rows[None, :] if REVERSE else rows[:, None] <= rows[None, :]
-    near = rows[:, None] // _HALF == rows[None, :] // _HALF
-    count = tl.cdiv(length, CHUNK)
+    count = tl.cdiv(length, C)
     for i in tl.range(0, count, num_stages=STAGES):
-        t = (count - 1 - i) * CHUNK if REVERSE else i * CHUNK
-        raw = as_.load([t, 0])
-        ta = raw.to(tl.float32)
-        tb = bs.load([t, 0]).to(tl.float32)
+        t = (count - 1 - i) * C if REVERSE else i * C
+        valid = tl.minimum(length - t, C)
+        here = G + (first + t.to(tl.int64) * H) * DA
+        ta = as_.load([t, 0])
+        tb = bs.load([t, 0])
         tc = tl.trans(cs.load([t, block * BC]))
-        enter, leave, across, within, whole = _decays(gs.load([t, 0]).to(tl.float32) * LOG2E)
+        sums = gs.load([t, 0])
+        whole = _whole(here, valid, H, right, DA)
+        enter, leave = sums, whole[None, :] - sums
         if REVERSE:
-            enter, leave, within = leave, enter, -within
-        o = product(state, tl.trans((ta * tl.exp2(enter)).to(raw.dtype)), PRECISION)
-        meet = tl.exp2(across)
-        far_pairs = product(tb * meet, tl.trans(ta * meet), PAIRS)
-        near_pairs = product(tb * tl.exp2(-within), tl.trans(ta * tl.exp2(within)), PAIRS)
-        p = tl.where(seen, tl.where(near, near_pairs, far_pairs), 0.0)
+            enter, leave = leave, enter
+        wide_a, wide_b = ta.to(tl.float32), tb.to(tl.float32)
+
+        within = _near(sums, here, rows, valid, H, right, DA)
+        if REVERSE:
+            within = -within
+        p = product(wide_b * tl.exp2(-within), tl.trans(wide_a * tl.exp2(within)), PAIRS)
+        p = tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), p, 0.0)
+        for level in tl.static_range(LEVELS):
+            SIZE: tl.constexpr = NEAR << level
+            meet = _between_halves(sums, here, rows, valid, H, right, DA, SIZE)
+            far = product(wide_b * meet, tl.trans(wide_a * meet), PAIRS)
+            same = rows[:, None] // (2 * SIZE) == rows[None, :] // (2 * SIZE)
+            p = tl.where(seen & same & (rows[:, None] // SIZE != rows[None, :] // SIZE), far, p)
+
+        o = product(state, tl.trans((wide_a * tl.exp2(enter)).to(ta.dtype)), PRECISION)
         o = add_product(o, tc, p, PRECISION)
         outs.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))
         state *= tl.exp2(whole)[None, :]
-        state = add_product(state, tc, (tb * tl.exp2(leave)).to(raw.dtype), PRECISION)
+        state = add_product(state, tc, (wide_b * tl.exp2(leave)).to(tb.dtype), PRECISION)
 
 
 @triton.jit
@@ -218,7 +245,7 @@ def attend_across_keys(
     c,
     out,
     x,
-    g,
+    G,
     S,
     S_exit,
     partner,
@@ -233,8 +260,10 @@ def attend_across_keys(
     DC: tl.constexpr,
     BA: tl.constexpr,
     BC: tl.constexpr,
+    C: tl.constexpr,
     REVERSE: tl.constexpr,
     GATED: tl.constexpr,
+    LEVELS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -254,14 +283,14 @@ def attend_across_keys(
     start = tl.load(bounds + segment)
     length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
     first = (batch * T + start) * H + head
-    as_ = tokens_of(a, first, length, H, DA, CHUNK, BA)
-    bs = tokens_of(b, first, length, H, DA, CHUNK, BA)
-    cs = tokens_of(c, first, length, H, DC, CHUNK, BC)
-    gs = tokens_of(g, first, length, H, DC, CHUNK, BC)
-    outs = tokens_of(out, first, length, H, DC, CHUNK, BC)
+    as_ = tokens_of(a, first, length, H, DA, C, BA)
+    bs = tokens_of(b, first, length, H, DA, C, BA)
+    cs = tokens_of(c, first, length, H, DC, C, BC)
+    gs = tokens_of(G, first, length, H, DC, C, BC)
+    outs = tokens_of(out, first, length, H, DC, C, BC)
     if GATED:
-        xs = tokens_of(x, first, length, H, DC, CHUNK, BC)
-        partners = tokens_of(partner, first, length, H, DC, CHUNK, BC)
+        xs = tokens_of(x, first, length, H, DC, C, BC)
+        partners = tokens_of(partner, first, length, H, DC, C, BC)
 
     down = block * BC + tl.arange(0, BC)
     right = tl.arange(0, BA)
@@ -269,40 +298,52 @@ def attend_across_keys(
     at = ((batch * n + segment) * H + head) * (DA * DC) + down[:, None] * DA + right[None, :]
     state = tl.load(S + at, mask=mask, other=0.0) * unscale
     if GATED and REVERSE:
-        dgs = tokens_of(dg, first, length, H, DC, CHUNK, BC)
+        dgs = tokens_of(dg, first, length, H, DC, C, BC)
         passing = tl.sum(tl.load(S_exit + at, mask=mask, other=0.0) * state, 1) * scale
-    rows = tl.arange(0, CHUNK)
+    rows = tl.arange(0, C)
     if REVERSE:
         seen = rows[:, None] > rows[None, :]
     else:
         seen = rows[:, None] < rows[None, :]
-    near = rows[:, None] // _HALF == rows[None, :] // _HALF
     itself = rows[:, None] == rows[None, :]
-    nothing = tl.zeros([BC, CHUNK], dtype=tl.float32)
-    count = tl.cdiv(length, CHUNK)
+    nothing = tl.zeros([BC, C], dtype=tl.float32)
+    count = tl.cdiv(length, C)
     for i in tl.range(0, count, num_stages=STAGES):
-        t = (count - 1 - i) * CHUNK if REVERSE else i * CHUNK
+        t = (count - 1 - i) * C if REVERSE else i * C
+        valid = tl.minimum(length - t, C)
+        here = G + (first + t.to(tl.int64) * H) * DC
         ta = tl.trans(as_.load([t, 0]))
         tb = bs.load([t, 0])
         tc = cs.load([t, block * BC]).to(tl.float32)
-        enter, leave, across, within, whole = _decays(gs.load([t, block * BC]).to(tl.float32) * LOG2E)
+        sums = gs.load([t, block * BC])
+        whole = _whole(here, valid, H, down, DC)
+        enter, leave = sums, whole[None, :] - sums
         if REVERSE:
-            enter, leave, within = leave, enter, -within
+            enter, leave = leave, enter
+
         p = product(tb, ta, PRECISION)
         # What a token gives to itself decays by nothing; added last, it does not drown what the gates' gradient needs.
         own = tl.sum(tl.where(itself, p, 0.0), 0)
-        p = tl.where(seen, p, 0.0)
-        meet = tl.exp2(across)
         o = tl.trans(tl.exp2(enter)) * _split_product(nothing, state, ta, GATED, PRECISION)
-        far_columns, near_columns = tl.trans(tc * meet), tl.trans(tc * tl.exp2(-within))
-        o += tl.trans(meet) * _split_product(nothing, far_columns, tl.where(near, 0.0, p), GATED, PRECISION)
-        o += tl.trans(tl.exp2(within)) * _split_product(nothing, near_columns, tl.where(near, p, 0.0), GATED, PRECISION)
+        within = _near(sums, here, rows, valid, H, down, DC)
+        if REVERSE:
+            within = -within
+        near = tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), p, 0.0)
+        columns = tl.trans(tc * tl.exp2(-within))
+        o += tl.trans(tl.exp2(within)) * _split_product(nothing, columns, near, GATED, PRECISION)
+        for level in tl.static_range(LEVELS):
+            SIZE: tl.constexpr = NEAR << level
+            meet = _between_halves(sums, here, rows, valid, H, down, DC, SIZE)
+            same = rows[:, None] // (2 * SIZE) == rows[None, :] // (2 * SIZE)
+            far = tl.where(seen & same & (rows[:, None] // SIZE != rows[None, :] // SIZE), p, 0.0)
+            o += tl.trans(meet) * _split_product(nothing, tl.trans(tc * meet), far, GATED, PRECISION)
+
         if GATED:
             with_x = tl.trans(xs.load([t, block * BC])).to(tl.float32) * o * scale
             if REVERSE:
                 change = tl.trans(partners.load([t, block * BC])) - with_x
-                here = passing[:, None] + tl.cumsum(change, 1, reverse=True)
-                dgs.store([t, block * BC], tl.trans(here.to(dg.dtype.element_ty)))
+                gradient = passing[:, None] + tl.cumsum(change, 1, reverse=True)
+                dgs.store([t, block * BC], tl.trans(gradient.to(dg.dtype.element_ty)))
                 passing += tl.sum(change, 1)
             else:
                 partners.store([t, block * BC], tl.trans(with_x))

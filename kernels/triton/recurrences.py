@@ -17,12 +17,15 @@ from lasp.kernels.triton.tiling import key_tiles, processors, segment_size, tile
 _NONE, _CONSTANT, _BY_TOKEN = (kind.value for kind in (head_decay.NONE, head_decay.CONSTANT, head_decay.BY_TOKEN))
 #: How products are computed for the dtypes that the kernels take.
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
+#: And those of queries and keys that were decayed each for itself, and have more digits for it.
+PAIRS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
 
 cumulate = Kernel(head_decay.cumulate)
 summarise = Kernel(head_decay.summarise)
 attend = Kernel(head_decay.attend)
 attend_back = Kernel(head_decay.attend_back)
 gate_gradient = Kernel(head_decay.gate_gradient)
+cumulate_keys = Kernel(key_decay.cumulate_keys)
 summarise_keys = Kernel(key_decay.summarise_keys)
 attend_along_keys = Kernel(key_decay.attend_along_keys)
 attend_across_keys = Kernel(key_decay.attend_across_keys)
@@ -113,13 +116,13 @@ class TritonHeadDecay(Recurrence):
         if gated:
             k_dk = torch.empty_like(kept[0])
             S_dS = torch.empty(for_k.blocks, B, H, n, dtype=torch.float32, device=k.device)
-        roles = [("dv", for_v, False), ("dk", for_k, gated)] if gated or K != V else [("both", for_v, False)]
-        for role, tile, with_gate in roles:
+        roles = [("both", for_v)] if K == V else [("dv", for_v), ("dk", for_k)]
+        for role, tile in roles:
             attend_back(
                 ((2 if role == "both" else 1) * tile.blocks, B * H, n),
                 q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, bounds, scale, 1 / scale, T, H, n,
                 K=K, V=V, BK=tiles(K, V, k.dtype).BA, BV=tiles(V, K, k.dtype).BA, BLOCK=tile.BC, C=tile.C, ROLE=role,
-                DECAY=kind, EXACT=_exact(k), GATED=with_gate, STAGES=tile.stages, PRECISION=PRECISION[k.dtype],
+                DECAY=kind, EXACT=_exact(k), GATED=gated, STAGES=tile.stages, PRECISION=PRECISION[k.dtype],
                 warps=tile.warps,
             )  # fmt: skip
         if not gated:
@@ -195,14 +198,17 @@ class TritonKeyDecay(Recurrence):
         """The recurrence for such tokens, in segments that fill their device."""
         B, T, H, K = tokens.k.shape
         tile = key_tiles(K, tokens.v.shape[-1], tokens.k.dtype)
-        size = segment_size(B * H * tile.blocks, T, 2 * tile.C, processors(tokens.k.device))
+        size = segment_size(B * H * tile.blocks, T, tile.C, processors(tokens.k.device))
         return cls(size, 16 // tokens.k.element_size())
 
     def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
-        (g,) = tokens.gates
-        # The rows of a tensor descriptor start at multiples of 16 bytes.
-        g = g.float() if g.element_size() < tokens.k.element_size() else g
-        return Tokens(ready(tokens.k), ready(tokens.v), (ready(g),))
+        k, v, g = ready(tokens.k), ready(tokens.v), ready(tokens.gates[0])
+        B, T, H, K = k.shape
+        tile = key_tiles(K, v.shape[-1], k.dtype)
+        G = torch.empty(B, T, H, K, dtype=torch.float32, device=k.device)
+        grid = (B * H, len(segments), min(64, -(-segments.size // tile.C)))
+        cumulate_keys(grid, g, G, segments.bounds(g.device), T, H, K=K, C=tile.C, BK=tile.BA, warps=4)
+        return Tokens(k, v, (g, G))
 
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
         return self._summary(tokens.k, tokens.v, tokens, segments, 1.0, False)
@@ -216,9 +222,9 @@ class TritonKeyDecay(Recurrence):
     def query_gradient(
         self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q, g = ready(q), tokens.gates[0]
-        kept = (torch.empty_like(g, dtype=torch.float32), torch.empty_like(entry)) if gated else ()
-        dq = self._across(ready(do), tokens.v, tokens.k, q, tokens, entry, kept, g, segments, scale, False)
+        q, (_, G) = ready(q), tokens.gates
+        kept = (torch.empty_like(G), torch.empty_like(entry)) if gated else ()
+        dq = self._across(ready(do), tokens.v, tokens.k, q, tokens, entry, kept, G, segments, scale, False)
         return dq, kept
 
     def token_gradients(
@@ -233,7 +239,7 @@ class TritonKeyDecay(Recurrence):
         gated: bool,
         kept: tuple[Tensor, ...],
     ) -> Tokens:
-        q, do, (g,) = ready(q), ready(do), tokens.gates
+        q, do, (g, _) = ready(q), ready(do), tokens.gates
         dv = self._along(tokens.k, q, do, tokens, exit_gradient, segments, scale, True)
         dg = g
         if gated:
@@ -246,14 +252,14 @@ class TritonKeyDecay(Recurrence):
     ) -> Summary:
         B, T, H, DB = b.shape
         DC, n = c.shape[-1], len(segments)
-        tile = tiles(DB, DC, b.dtype)
+        tile = key_tiles(DB, DC, b.dtype)
         S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
         A = torch.empty(B, n, H, DB, dtype=torch.float32, device=b.device)
         summarise_keys(
             (B * H, n, tile.blocks),
-            b, c, tokens.gates[0], A, S, segments.bounds(b.device), scale, T, H, n,
-            DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, STAGES=2 if tile.stages > 1 else 1,
-            PRECISION=PRECISION[b.dtype], warps=8 if tile.warps == 8 else 4,
+            b, c, tokens.gates[1], A, S, segments.bounds(b.device), scale, T, H, n,
+            DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, STAGES=tile.stages,
+            PRECISION=PRECISION[b.dtype], warps=tile.warps,
         )  # fmt: skip
         return Summary(A, S)
 
@@ -276,9 +282,9 @@ class TritonKeyDecay(Recurrence):
         unscale = 1 / scale if reverse else 1.0
         attend_along_keys(
             (B * H, n, tile.blocks),
-            a, b, c, out, tokens.gates[0], S, segments.bounds(a.device), scale, unscale, T, H, n,
-            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, REVERSE=reverse, STAGES=tile.stages,
-            PAIRS="tf32x3" if a.dtype == torch.float32 else "tf32", PRECISION=PRECISION[a.dtype], warps=tile.warps,
+            a, b, c, out, tokens.gates[1], S, segments.bounds(a.device), scale, unscale, T, H, n,
+            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, LEVELS=_levels(tile.C), STAGES=tile.stages,
+            PAIRS=PAIRS[a.dtype], PRECISION=PRECISION[a.dtype], warps=tile.warps,
         )  # fmt: skip
         return out
 
@@ -294,8 +300,9 @@ class TritonKeyDecay(Recurrence):
         unscale = 1 / scale if reverse else 1.0
         attend_across_keys(
             (B * H, n, tile.blocks),
-            a, b, c, out, x, tokens.gates[0], S, S_exit, partner, dg, segments.bounds(a.device), scale, unscale, T, H, n,
-            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, REVERSE=reverse, GATED=bool(kept), STAGES=tile.stages,
+            a, b, c, out, x, tokens.gates[1], S, S_exit, partner, dg, segments.bounds(a.device), scale, unscale, T, H, n,
+            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, GATED=bool(kept), LEVELS=_levels(tile.C),
+            STAGES=tile.stages,
             PRECISION=PRECISION[a.dtype], warps=tile.warps,
         )  # fmt: skip
         return out
@@ -306,6 +313,11 @@ def triton_decay(tokens: Tokens) -> Recurrence:
     if tokens.gates and tokens.gates[0].dim() == 4:
         return TritonKeyDecay.of(tokens)
     return TritonHeadDecay.of(tokens)
+
+
+def _levels(C: int) -> int:
+    """How often a chunk of C tokens is halved to those that are near."""
+    return (C // key_decay.NEAR.value).bit_length() - 1
 
 
 def _exact(x: Tensor) -> bool:

@@ -54,15 +54,17 @@ def tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
 
 @cache
 def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `key_decay`'s kernels, whose chunks are of 16 tokens."""
+    """The tiles of `key_decay`'s kernels."""
     BA, BC = padded(DA), padded(DC)
     if dtype != torch.bfloat16:
-        warps, stages, BC = 4, 1, min(BC, 32)
+        C, warps, stages, BC = 16, 4, 1, min(BC, 32)
     elif BA > 128:
-        warps, stages, BC = 8, 2, min(BC, 64)
+        C, warps, stages, BC = 32, 8, 1, min(BC, 64)
     else:
-        warps, stages, BC = 4, 3, min(BC, 64)
-    return Tiles(BA, BC, -(-DC // BC), 16, warps, stages)
+        C, warps, stages, BC = 64, 8, 2, min(BC, 128)
+    if INTERPRETED:
+        C = min(C, 32)
+    return Tiles(BA, BC, -(-DC // BC), C, warps, stages)
 
 
 def padded(width: int) -> int:
