@@ -15,9 +15,24 @@ def serves(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and _installed()
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _installed() -> bool:
+    return _found()
+
+
+@cache
+def _found() -> bool:
     if importlib.util.find_spec("triton") is not None:
         return True
-    warnings.warn("triton is not installed: linear attention runs in PyTorch, many times slower", stacklevel=3)
+    warnings.warn("triton is not installed: linear attention runs in PyTorch, many times slower", stacklevel=4)
     return False
+
+
+def processors(x: Tensor) -> int:
+    """How many processors the device of x has; in Triton's interpreter a few, so that programs share work there too."""
+    return _processors(x.device.index) if x.is_cuda else 2
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.kernels import triton
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or as it is where it is float64."""
@@ -27,8 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ``[..., width]``."""
-        wide = at_least_float32(x)
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(x, None, self.weight, self.eps)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -46,8 +47,37 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x, gate: ``[..., width]``; without a gate the norm alone."""
-        wide = at_least_float32(x).unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).flatten(-2)
-        if gate is not None:
-            normed = normed * F.silu(at_least_float32(gate))
-        return normed.to(x.dtype)
+        return rms_norm(x, gate, self.weight, self.eps, self.groups)
+
+
+def rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """``x / rms(x) · weight · silu(gate)``, every N numbers of the last axis by themselves.
+
+    Args:
+        x: ``[..., groups · N]``.
+        gate: alike, or None.
+        weight: ``[N]``.
+        eps: added to the mean square.
+        groups: how many rows of N numbers the last axis holds.
+
+    Returns:
+        Alike, in x's dtype.
+
+    Raises:
+        ValueError: where the shapes do not fit.
+    """
+    if x.shape[-1] != groups * weight.shape[0] or (gate is not None and gate.shape != x.shape):
+        raise ValueError(
+            f"rms_norm: expected x [..., {groups * weight.shape[0]}] and a gate alike, given x {list(x.shape)}"
+            + ("" if gate is None else f" and gate {list(gate.shape)}")
+        )
+    if triton.serves(x):
+        from lasp.kernels.triton import norm
+
+        if weight.shape[0] <= norm.WIDEST:
+            return norm.rms_norm(x, gate, weight, eps)
+    wide = at_least_float32(x).unflatten(-1, (groups, -1))
+    normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).flatten(-2)
+    if gate is not None:
+        normed = normed * F.silu(at_least_float32(gate))
+    return normed.to(x.dtype)
