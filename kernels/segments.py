@@ -8,6 +8,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+#: What `Segments.tables` gives.
+Tables = tuple[Tensor, Tensor, Tensor]
+
 
 class Segments:
     """Where a device cuts its tokens: consecutive segments that tile the token axis, none longer than `size`.
@@ -27,8 +30,9 @@ class Segments:
         self.size = size
         self.tokens = sum(self.lengths)
         self.regular = all(length == size for length in self.lengths)
-        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tables: dict[torch.device, Tables] = {}
         self._bounds: dict[torch.device, Tensor] = {}
+        self._marks: dict[tuple[int, torch.device], tuple[int, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -42,23 +46,26 @@ class Segments:
             self._bounds[device] = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.long).to(device)
         return self._bounds[device]
 
+    def marks(self, every: int, device: torch.device) -> tuple[int, Tensor]:
+        """How many places lie a multiple of `every` tokens inside a segment, and how many before each: int64 ``[n + 1]``."""
+        if (every, device) not in self._marks:
+            counts = [0, *accumulate((length - 1) // every for length in self.lengths)]
+            self._marks[every, device] = counts[-1], torch.tensor(counts, dtype=torch.long).to(device)
+        return self._marks[every, device]
+
     def gather(self, x: Tensor) -> Tensor:
         """``[B, T, ...]`` to ``[B, n, size, ...]``, the places after the end of a segment filled with zeros."""
-        batch, tokens, *rest = x.shape
-        if tokens != self.tokens:
-            raise ValueError(f"these segments tile {self.tokens} tokens, given a tensor of {tokens}: {list(x.shape)}")
-        if self.regular:
-            return x.reshape(batch, len(self), self.size, *rest)
-        table, beyond, _ = self.tables(x.device)
-        padded = x.index_select(1, table).view(batch, len(self), self.size, *rest)
-        return padded.masked_fill(beyond.view(1, len(self), self.size, *([1] * len(rest))), 0)
+        if x.shape[1] != self.tokens:
+            raise ValueError(
+                f"these segments tile {self.tokens} tokens, given a tensor of {x.shape[1]}: {list(x.shape)}"
+            )
+        return gather(x, self.size, None if self.regular else self.tables(x.device))
 
     def scatter(self, x: Tensor) -> Tensor:
         """The inverse of `gather`: ``[B, n, size, ...]`` to ``[B, T, ...]``."""
-        flat = x.flatten(1, 2)
-        return flat if self.regular else flat.index_select(1, self.tables(x.device)[2])
+        return scatter(x, None if self.regular else self.tables(x.device))
 
-    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def tables(self, device: torch.device) -> Tables:
         """``(token of each place [n·size], places beyond their segment's end [n, size], place of each token [T])``."""
         if device not in self._tables:
             lengths = torch.tensor(self.lengths, dtype=torch.long)
@@ -70,3 +77,19 @@ class Segments:
                 t.to(device) for t in (token, beyond, (~beyond).flatten().nonzero().flatten())
             )
         return self._tables[device]
+
+
+def gather(x: Tensor, size: int, tables: Tables | None) -> Tensor:
+    """`Segments.gather` by the segments' tables; None where all segments are of the full size."""
+    if tables is None:
+        return x.reshape(x.shape[0], -1 if x.shape[1] else 0, size, *x.shape[2:])
+    token, beyond, _ = tables
+    rest = x.shape[2:]
+    padded = x.index_select(1, token).view(x.shape[0], *beyond.shape, *rest)
+    return padded.masked_fill(beyond.view(1, *beyond.shape, *([1] * len(rest))), 0)
+
+
+def scatter(x: Tensor, tables: Tables | None) -> Tensor:
+    """`Segments.scatter` likewise."""
+    flat = x.flatten(1, 2)
+    return flat if tables is None else flat.index_select(1, tables[2])

@@ -5,6 +5,7 @@ Contiguous, zigzag and per-document zigzag are rows of the same table; any other
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -203,9 +204,8 @@ class SequenceLayout:
     def _cut(self, rank: int) -> list[Piece]:
         pieces: list[Piece] = []
         place = 0
-        bounds = torch.tensor(self.cu_seqlens)
         for run, (start, end) in enumerate(self.runs_of(rank)):
-            document = int(torch.searchsorted(bounds, start, right=True)) - 1
+            document = bisect_right(self.cu_seqlens, start) - 1
             while start < end:
                 first, last = self.cu_seqlens[document], self.cu_seqlens[document + 1]
                 stop = min(end, last)

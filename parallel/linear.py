@@ -1,9 +1,6 @@
-"""One autograd function that joins any recurrence to any exchange on any layout.
+"""A linear layer with gradients: one autograd function around `lasp.parallel.passes`.
 
-Forward: summarise the local segments, compose them into runs, start the exchange, and when the states that enter the runs
-are back, run forward from them. Backward: the same with the adjoint summaries from the sequence's end to its start; dq needs
-no state's gradient and is computed while they travel. Besides the inputs, states are kept, and never more of them than keys
-and values.
+Under ``torch.compile`` the same functions are operators of torch's library instead: `lasp.parallel.operators`.
 """
 
 from __future__ import annotations
@@ -12,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lasp.kernels import Recurrence, Summary, Tokens
-from lasp.parallel.exchange import PendingStates, Route
-from lasp.parallel.plan import Plan
+from lasp.kernels import Recurrence, Tokens
+from lasp.parallel import operators, passes
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
@@ -26,24 +21,14 @@ class PendingLinear:
     """A linear layer whose states are travelling: `finish` it with the queries.
 
     Attributes:
-        recurrence: what the tokens do to the state.
         tokens: the tokens as they were given.
-        prepared: the same as the recurrence takes them.
         initial_state: the states before the documents.
-        sp: the ranks and the layout.
-        maps: the map over each segment.
-        before: the map from what enters a run to what enters each of its segments.
-        states: what enters the runs, under way.
+        started: what is under way.
     """
 
-    recurrence: Recurrence
     tokens: Tokens
-    prepared: Tokens
     initial_state: Tensor | None
-    sp: SequenceParallel
-    maps: Summary
-    before: Summary
-    states: PendingStates
+    started: passes.Started
 
     def finish(self, q: Tensor, scale: float, final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """Wait for the states and compute the output.
@@ -56,40 +41,35 @@ class PendingLinear:
         Returns:
             ``o: [B, T_local, H, V]`` and, if asked for, the final states ``[B, N, H, K, V]``, the same on every rank.
         """
+        tokens = self.tokens
         o, final = _Linear.apply(
-            self, scale, final_state, q, self.tokens.k, self.tokens.v, self.initial_state, *self.tokens.gates
+            self.started, scale, final_state, q, tokens.k, tokens.v, self.initial_state, *tokens.gates
         )
-        if not final_state:
-            return o, None
-        # A document's final state is known where the document ends; elsewhere it is zero.
-        return o, sum_over_ranks(final, self.sp)
+        return o, final
 
 
 def start_linear(
-    recurrence: Recurrence, tokens: Tokens, initial_state: Tensor | None, sp: SequenceParallel
-) -> PendingLinear:
+    recurrence: Recurrence | str, tokens: Tokens, initial_state: Tensor | None, sp: SequenceParallel
+) -> PendingLinear | operators.TracedLinear:
     """Summarise the local tokens and start the exchange. Needs no queries: project them while the states travel.
 
     Args:
-        recurrence: what the tokens do to the state.
+        recurrence: what the tokens do to the state; under ``torch.compile`` its name, from `operators.recurrence_of`.
         tokens: this rank's keys, values and gates.
         initial_state: ``[B, N, H, K, V]``, the state before each document, the same on every rank; zero when None.
         sp: the ranks and the layout.
     """
+    if isinstance(recurrence, str):
+        return operators.start_linear(recurrence, tokens, initial_state, sp)
     with torch.no_grad():
-        plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
-        prepared = recurrence.prepare(tokens, plan.segments)
-        maps = recurrence.summary(prepared, plan.segments)
-        before, runs = plan.forward.compose(maps, initial_state)
-        states = sp.exchange.start(runs, Route.forward(sp.layout, sp.rank))
-    return PendingLinear(recurrence, tokens, prepared, initial_state, sp, maps, before, states)
+        return PendingLinear(tokens, initial_state, passes.start(recurrence, tokens, initial_state, sp))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        pending: PendingLinear,
+        started: passes.Started,
         scale: float,
         final_state: bool,
         q: Tensor,
@@ -97,74 +77,61 @@ class _Linear(torch.autograd.Function):
         v: Tensor,
         initial_state: Tensor | None,
         *gates: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        recurrence, sp, tokens = pending.recurrence, pending.sp, pending.prepared
-        plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
-        run_entry = pending.states.wait()
-        entering = plan.forward.enter(pending.before, run_entry)
-        o = recurrence.output(q, tokens, entering, plan.segments, scale)
-        final = entering.new_zeros(0)
-        if final_state:
-            at = plan.tables(q.device)
-            leaving = pending.maps.select(at.closing).apply(entering.index_select(1, at.closing))
-            final = entering.new_zeros(q.shape[0], sp.layout.num_documents, *tokens.state_shape)
-            final.index_copy_(1, at.closed, leaving)
-        ctx.recurrence, ctx.sp, ctx.scale, ctx.final_state = recurrence, sp, scale, final_state
-        # Few and long segments: their states are kept. Many short ones: they would be more than the tokens, and are made
-        # again from the states that entered the runs.
-        kept = entering if entering.nbytes <= k.nbytes + v.nbytes else None
+    ) -> tuple[Tensor, Tensor | None]:
+        o, final, entering, run_entry = passes.forward(started, q, scale, final_state)
+        ctx.recurrence, ctx.sp, ctx.scale, ctx.final_state = started.recurrence, started.sp, scale, final_state
+        tokens, kept = started.tokens, passes.keeps_states(entering.shape[1], k, v)
         ctx.gates = len(gates)
         ctx.save_for_backward(
-            q, tokens.k, tokens.v, initial_state, kept, run_entry if kept is None else None, *gates, *tokens.gates
+            q,
+            tokens.k,
+            tokens.v,
+            initial_state,
+            entering if kept else None,
+            None if kept else run_entry,
+            *gates,
+            *tokens.gates,
         )
         return o, final
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, initial_state, entering, run_entry, *rest = ctx.saved_tensors
-        gates, tokens = rest[: ctx.gates], Tokens(k, v, tuple(rest[ctx.gates :]))
-        recurrence, sp, scale = ctx.recurrence, ctx.sp, ctx.scale
-        plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
-        segments, at = plan.segments, plan.tables(q.device)
-        gated = any(ctx.needs_input_grad[7:])
-
-        # A final state's gradient is where the gradients of its document's states start from.
-        maps = recurrence.adjoint_summary(q, tokens, do, segments, scale)
-        after, runs = plan.backward.compose(maps, dfinal if ctx.final_state else None)
-        states = sp.exchange.start(runs, Route.backward(sp.layout, sp.rank))
-
-        if entering is None:
-            before, _ = plan.forward.compose(recurrence.summary(tokens, segments), initial_state)
-            entering = plan.forward.enter(before, run_entry)
-        dq, kept = recurrence.query_gradient(q, tokens, entering, do, segments, scale, gated)
-
-        leaving = plan.backward.enter(after, states.wait())
-        dinitial = None
-        if initial_state is not None:
-            opening = maps.select(at.opening).apply(leaving.index_select(1, at.opening))
-            dinitial = torch.zeros_like(initial_state)
-            dinitial.index_copy_(1, at.opened, opening.to(initial_state.dtype))
-        grads = recurrence.token_gradients(q, tokens, entering, do, leaving, segments, scale, gated, kept)
-        # A gate that many tokens share has the sum of their gradients.
-        dgates = [dg.sum_to_size(g.shape) for dg, g in zip(grads.gates, gates, strict=False)] or [None] * len(gates)
-        return None, None, None, dq, grads.k, grads.v, dinitial, *dgates
+        gates, tokens = tuple(rest[: ctx.gates]), Tokens(k, v, tuple(rest[ctx.gates :]))
+        grads = passes.backward(
+            ctx.recurrence,
+            ctx.sp,
+            q,
+            tokens,
+            gates,
+            initial_state,
+            entering,
+            run_entry,
+            do,
+            dfinal if ctx.final_state else None,
+            ctx.scale,
+            any(ctx.needs_input_grad[7:]),
+        )
+        dgates = grads.gates or (None,) * len(gates)
+        return None, None, None, grads.q, grads.k, grads.v, grads.initial_state, *dgates
 
 
 def sum_over_ranks(x: Tensor, sp: SequenceParallel) -> Tensor:
     """The sum of the ranks' tensors, on every rank. Its gradient is a sum too: the loss is the sum of the ranks' losses."""
-    return x if sp.world_size == 1 else _SumOverRanks.apply(x, sp.group)
+    if sp.world_size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return operators.sum_over_ranks(x, sp)
+    total: Tensor = _SumOverRanks.apply(x, sp)
+    return total
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=group)
-        return x
+    def forward(ctx: Any, x: Tensor, sp: SequenceParallel) -> Tensor:
+        ctx.sp = sp
+        return passes.total(x, sp)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        dx = dx.contiguous().clone()
-        dist.all_reduce(dx, group=ctx.group)
-        return dx, None
+        return passes.total(dx, ctx.sp), None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +28,11 @@ METHODS = {"lasp2": Method(exchange="all-gather", softmax="all-gather")}
 
 #: How softmax layers share keys and values, as ``--softmax-sp`` takes it.
 SOFTMAX = ("all-gather", "ring")
+
+
+#: The first of each name that is alive, and those that shall outlive their last user.
+_alive: WeakValueDictionary[str, SequenceParallel] = WeakValueDictionary()
+_kept: dict[str, SequenceParallel] = {}
 
 
 class SequenceParallel:
@@ -65,7 +72,7 @@ class SequenceParallel:
         self.world_size = 1 if self.group is None else dist.get_world_size(self.group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self._agreement: Agreement | None = None
-        self._settled: set[str] = set()
+        self._settled: set[Hashable] = set()
         self._settle_always = False
         if check and self.group is not None and self.world_size > 1 and dist.get_backend(self.group) != "fake":
             self._agreement = Agreement(self.group)
@@ -81,7 +88,8 @@ class SequenceParallel:
         ):
             if value not in known:
                 problem = f"unknown {option}={value!r}: expected one of {', '.join(known)}"
-        digest = hashlib.sha1(repr((layout.runs, layout.cu_seqlens)).encode()).hexdigest()[:8]
+        content = hashlib.sha1(repr((layout.runs, layout.cu_seqlens)).encode()).hexdigest()
+        digest = content[:8]
         self.settle(
             f"SequenceParallel(method={method}, exchange={exchange}, softmax={softmax}) with a layout of "
             f"{layout.total_tokens} tokens in {layout.num_documents} documents over {layout.world_size} ranks (#{digest})",
@@ -89,17 +97,47 @@ class SequenceParallel:
         )
         self.method = method
         self.softmax = METHODS[method].softmax if softmax == "auto" else softmax
-        self.exchange: Exchange = EXCHANGES[METHODS[method].exchange if exchange == "auto" else exchange](self.group)
+        travels = METHODS[method].exchange if exchange == "auto" else exchange
+        self.exchange: Exchange = EXCHANGES[travels](self.group)
+        #: How many tokens this rank holds, and how many documents there are.
+        self.local_tokens, self.num_documents = layout.local_tokens(self.rank), layout.num_documents
+        #: Two of one name are of the same ranks, layout and method, so that either can stand for the other.
+        self.name = "/".join(
+            [
+                "alone" if self.group is None else f"group {self.group.group_name}",
+                f"rank {self.rank} of {self.world_size}",
+                travels,
+                self.softmax,
+                content,
+            ]
+        )
+        self._namesake = self._register()
 
     @classmethod
     def single(cls, layout: SequenceLayout) -> SequenceParallel:
         """One rank that holds the whole sequence: what an op without ``sp=`` runs on."""
         return layout.cached("single", lambda: cls(None, layout))
 
-    @property
-    def local_tokens(self) -> int:
-        """How many tokens this rank holds."""
-        return self.layout.local_tokens(self.rank)
+    def _register(self) -> SequenceParallel | None:
+        """Be found by name; or return the one that is found instead, to be kept alive."""
+        first = _alive.get(self.name)
+        if first is not None and first.group is self.group:
+            return first
+        # A group that was destroyed may have left its name to this one.
+        _alive[self.name] = self
+        if self.name in _kept:
+            _kept[self.name] = self
+        return None
+
+    @staticmethod
+    def named(name: str, keep: bool = False) -> SequenceParallel:
+        """The ranks of that name; with `keep` they stay, though nothing else should hold them."""
+        found = _kept.get(name)
+        if found is None:
+            found = _alive[name]
+            if keep:
+                _kept[name] = found
+        return found
 
     def settle(self, statement: str, problem: str | None = None) -> None:
         """Raise on all ranks unless all are about to do what `statement` says and none has a `problem`.
@@ -113,9 +151,18 @@ class SequenceParallel:
             raise ValueError(problem)
         self._settled.add(statement)
 
-    def has_settled(self, statement: str) -> bool:
-        """Whether this statement has been settled before."""
-        return statement in self._settled
+    def knows(self, call: Hashable) -> bool:
+        """Whether a call was learnt before, and the ranks need not settle on it again."""
+        return call in self._settled and not self._settle_always
+
+    def learn(self, call: Hashable) -> None:
+        """Remember a call that was looked at and settled."""
+        self._settled.add(call)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether there are others to settle with."""
+        return self._agreement is not None
 
     def __repr__(self) -> str:
         return (

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.compiler import assume_constant_result
 
 from lasp.layers.norm import at_least_float32
 from lasp.parallel import SequenceParallel
+from lasp.parallel.operators import keep
 
 
 def rotate(x: Tensor, sp: SequenceParallel, theta: float) -> Tensor:
@@ -25,14 +28,19 @@ def rotate(x: Tensor, sp: SequenceParallel, theta: float) -> Tensor:
     if x.shape[-1] % 2:
         raise ValueError(f"rotary positions need heads of even width, given {x.shape[-1]}: use another number of heads")
     wide = at_least_float32(x)
-    cosine, sine = _angles(sp, x.shape[-1], theta, wide)
+    width = index(x.shape[-1])
+    if torch.compiler.is_compiling():
+        cosine, sine = _traced_angles(keep(sp.name), width, theta, wide.device, wide.dtype)
+    else:
+        cosine, sine = _angles(sp, width, theta, wide.device, wide.dtype)
     first, second = wide.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
 
 
-def _angles(sp: SequenceParallel, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def _angles(
+    sp: SequenceParallel, width: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine ``[T, 1, D/2]``, made once for a layout and shared by its layers."""
-    device, dtype = like.device, like.dtype
 
     def build() -> tuple[Tensor, Tensor]:
         # float64: at two million tokens a float32 angle would be off by a tenth of a radian.
@@ -41,6 +49,11 @@ def _angles(sp: SequenceParallel, width: int, theta: float, like: Tensor) -> tup
         angles = (positions[:, None] * frequencies).unsqueeze(1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    return cast(
-        "tuple[Tensor, Tensor]", sp.layout.cached(("rotary", sp.rank, width, theta, str(device), str(dtype)), build)
-    )
+    return cast("tuple[Tensor, Tensor]", sp.layout.cached(("rotary", sp.rank, width, theta, device, dtype), build))
+
+
+@assume_constant_result
+def _traced_angles(
+    name: str, width: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _angles(SequenceParallel.named(name), width, theta, device, dtype)

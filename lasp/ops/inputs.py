@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
+from operator import index
 
 import torch
 from torch import Tensor
+from torch.compiler import assume_constant_result
 
 from lasp.parallel import SequenceLayout, SequenceParallel
 
@@ -18,36 +20,73 @@ def _whole(total_tokens: int, cu_seqlens: tuple[int, ...] | None) -> SequencePar
     return SequenceParallel.single(SequenceLayout.contiguous(total_tokens, 1, cu_seqlens))
 
 
+@assume_constant_result
+def _traced_whole(total_tokens: int, cu_seqlens: tuple[int, ...] | None) -> SequenceParallel:
+    return SequenceParallel.named(_whole(total_tokens, cu_seqlens).name, keep=True)
+
+
 def sequence_of(x: Tensor, cu_seqlens: CuSeqlens, sp: SequenceParallel | None) -> SequenceParallel:
     """The ranks and the layout of an op: those of `sp`, or without it this rank alone with the documents of `cu_seqlens`.
 
     Raises:
-        ValueError: where `cu_seqlens` is given twice or malformed, or packed documents come in a batch.
+        ValueError: where `cu_seqlens` is given twice or malformed, packed documents come in a batch, or `cu_seqlens` is a
+            tensor under ``torch.compile``: a graph is made for one layout.
     """
     if sp is not None:
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens= was given beside sp=: under sp the documents come from its layout")
         return sp
+    compiling = torch.compiler.is_compiling()
+    # A graph is made for one layout: in it, `index` asks for the number of tokens itself.
+    tokens = index(x.shape[1])
     if cu_seqlens is None:
-        return _whole(x.shape[1], None)
+        return _traced_whole(tokens, None) if compiling else _whole(tokens, None)
+    if compiling and isinstance(cu_seqlens, Tensor):
+        raise ValueError(
+            "cu_seqlens= is a tensor, which torch.compile cannot look into: pass a tuple of integers, or a layout under sp="
+        )
     bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens= packs documents into one row: expected batch size 1, given {x.shape[0]}")
-    return _whole(x.shape[1], tuple(int(c) for c in bounds))
+    documents = tuple(index(c) for c in bounds)
+    return _traced_whole(tokens, documents) if compiling else _whole(tokens, documents)
 
 
-def agree(sp: SequenceParallel, statement: str, check: Callable[[], None]) -> None:
+def agree(
+    sp: SequenceParallel,
+    statement: str | Callable[[], str],
+    check: Callable[[], None],
+    call: Hashable = None,
+) -> None:
     """Run `check` and settle with the other ranks of `sp` on `statement`, so that all raise where one would.
+
+    In a graph of ``torch.compile`` the check is all: ranks cannot talk while they trace.
+
+    Args:
+        sp: the ranks.
+        statement: what all must say alike, or what makes it.
+        check: raises ValueError where something is wrong.
+        call: what statement and check depend on: where it is as before, neither is made again.
 
     Raises:
         ValueError: what `check` raises, or what another rank reports.
     """
-    problem = None
-    try:
+    if torch.compiler.is_compiling():
         check()
-    except ValueError as error:
-        problem = str(error)
-    sp.settle(statement, problem)
+        return
+    if call is not None and sp.knows(call):
+        return
+    if not sp.agrees:
+        check()
+    else:
+        problem = None
+        try:
+            check()
+        except ValueError as error:
+            problem = str(error)
+        sp.settle(statement if isinstance(statement, str) else statement(), problem)
+    if call is not None:
+        sp.learn(call)
 
 
 def describe(**tensors: Tensor | None) -> str:
@@ -70,10 +109,10 @@ def check_axes(op: str, x: Tensor | None, name: str, axes: str, **sizes: int) ->
     if x is None:
         return
     names = axes.split()
-    wanted = [str(sizes[axis]) if axis in sizes else axis for axis in names]
     if x.dim() != len(names) or any(
         axis in sizes and size != sizes[axis] for axis, size in zip(names, x.shape, strict=True)
     ):
+        wanted = [str(sizes[axis]) if axis in sizes else axis for axis in names]
         raise ValueError(f"{op}: {name} must be [{', '.join(names)}] = [{', '.join(wanted)}], given {list(x.shape)}")
 
 
@@ -87,7 +126,9 @@ def check_tokens(op: str, tokens: int, sp: SequenceParallel) -> None:
 
 
 def check_log_decay(op: str, g: Tensor) -> None:
-    """Raise where a log-decay is positive or NaN. It reads the values, which holds up a device."""
+    """Raise where a log-decay is positive or NaN. It reads the values, which holds up a device and cannot be traced."""
+    if torch.compiler.is_compiling():
+        return
     if not bool(torch.all(g <= 0)):
         raise ValueError(
             f"{op}: g must be a log-decay, at most 0 everywhere; its largest value is {g.max().item():.4g}"

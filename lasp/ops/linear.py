@@ -18,7 +18,9 @@ disagree. Every op is `start`, which needs no queries and sends the states on th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ from lasp.ops.inputs import (
     sequence_of,
 )
 from lasp.parallel import PendingLinear, SequenceParallel, start_linear
+from lasp.parallel.operators import TracedLinear, recurrence_of
 from lasp.parallel.unmasked import unmasked_linear
 
 
@@ -47,11 +50,11 @@ class Pending:
     """
 
     op: str
-    recurrence: Recurrence
+    recurrence: Recurrence | str
     tokens: Tokens
     initial_state: Tensor | None
     sp: SequenceParallel
-    linear: PendingLinear | None
+    linear: PendingLinear | TracedLinear | None
     widths: tuple[int, int]
 
     def finish(
@@ -69,12 +72,16 @@ class Pending:
             if scale == 0:
                 raise ValueError(f"{self.op}: scale must not be 0, which makes all outputs 0")
 
-        agree(
-            self.sp,
-            f"{self.op}({describe(q=q)}, scale={scale}, output_final_state={output_final_state}, "
-            f"gradient={needs_gradient(q)})",
-            check,
-        )
+        gradient = needs_gradient(q)
+
+        def statement() -> str:
+            return (
+                f"{self.op}({describe(q=q)}, scale={scale}, output_final_state={output_final_state}, "
+                f"gradient={gradient})"
+            )
+
+        call = ("finish", self.op, q.shape, q.dtype, *alike, k.dtype, scale, output_final_state, gradient)
+        agree(self.sp, statement, check, call)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if k.shape[-1] != q.shape[-1]:
             q = F.pad(q, (0, k.shape[-1] - q.shape[-1]))
@@ -117,41 +124,48 @@ def start(
         op: the name that errors begin with.
     """
     seq = sequence_of(k, cu_seqlens, sp)
+    gradient = needs_gradient(k, v, g, initial_state)
 
-    statement = (
-        f"{op}({describe(k=k, v=v, initial_state=initial_state)}, g={'None' if g is None else f'{g.dim()} axes'}, "
-        f"causal={causal}, gradient={needs_gradient(k, v, g, initial_state)})"
-    )
+    def statement() -> str:
+        return (
+            f"{op}({describe(k=k, v=v, initial_state=initial_state)}, g={'None' if g is None else f'{g.dim()} axes'}, "
+            f"causal={causal}, gradient={gradient})"
+        )
 
     def check() -> None:
         check_axes(op, k, "k", "B T H K")
         batch, tokens, heads, width = k.shape
         sizes = {"B": batch, "T": tokens, "H": heads, "K": width}
         check_axes(op, v, "v", "B T H V", **sizes)
-        sizes |= {"V": v.shape[-1], "N": batch if seq.layout.num_documents == 1 else seq.layout.num_documents}
+        sizes |= {"V": v.shape[-1], "N": batch if seq.num_documents == 1 else seq.num_documents}
         if g is not None:
             check_axes(op, g, "g", {1: "H", 3: "B T H"}.get(g.dim(), "B T H K"), **sizes)
         check_axes(op, initial_state, "initial_state", "N H K V", **sizes)
         if k.dtype != v.dtype or not k.dtype.is_floating_point:
             raise ValueError(f"{op}: k and v must have one floating-point dtype, given {_kind(k)} and {_kind(v)}")
-        if batch != 1 and seq.layout.num_documents > 1:
+        if batch != 1 and seq.num_documents > 1:
             raise ValueError(f"{op}: packed documents come in one row: expected batch size 1, given {batch}")
         check_tokens(op, tokens, seq)
-        # Looking at the values holds a device up: there, the first call of a kind is looked at.
-        if g is not None and (g.device.type == "cpu" or not seq.has_settled(statement)):
+        if g is not None:
             check_log_decay(op, g)
 
-    agree(seq, statement, check)
+    # Looking at a decay's values holds a device up: only on the CPU is every call looked at.
+    call = None
+    if g is None or g.device.type != "cpu":
+        state = None if initial_state is None else initial_state.shape
+        call = (op, k.shape, v.shape, None if g is None else g.shape, state, k.dtype, v.dtype, causal, gradient)
+    agree(seq, statement, check, call)
     states = None if initial_state is None else initial_state.unflatten(0, (k.shape[0], -1))
     widths = (k.shape[-1], v.shape[-1])
-    recurrence = elementwise_decay(Tokens(k, v, () if g is None else (g,)))
-    pad = [-width % recurrence.width_multiple for width in widths]
+    tokens = Tokens(k, v, () if g is None else (g,))
+    recurrence, multiple = recurrence_of(elementwise_decay, tokens)
+    pad = [-width % multiple for width in widths]
     if any(pad):
         # Further columns of zeros change nothing in the others. A gate of them stays 0.
         k, v = F.pad(k, (0, pad[0])), F.pad(v, (0, pad[1]))
         g = F.pad(g, (0, pad[0])) if g is not None and g.dim() == 4 else g
         states = None if states is None else F.pad(states, (0, pad[1], 0, pad[0]))
-    tokens = Tokens(k, v, () if g is None else (g,))
+        tokens = Tokens(k, v, () if g is None else (g,))
     linear = start_linear(recurrence, tokens, states, seq) if causal else None
     return Pending(op, recurrence, tokens, states, seq, linear, widths)
 
@@ -236,7 +250,7 @@ def lightning_attn(
     layer `layer_idx` of `num_layers` when None. Other arguments and results: see the module.
     """
     if g is None:
-        g = lightning_log_decay(k.shape[2], layer_idx, num_layers, device=k.device)
+        g = _constant(lightning_log_decay, k, layer_idx, num_layers)
     return _decayed(
         "lightning_attn", q, k, v, g, (1,), scale, initial_state, output_final_state, cu_seqlens, sp, causal
     )
@@ -260,7 +274,7 @@ def retention(
     `retention_log_decay` when None. Other arguments and results: see the module.
     """
     if g is None:
-        g = retention_log_decay(k.shape[2], device=k.device)
+        g = _constant(retention_log_decay, k)
     return _decayed("retention", q, k, v, g, (1,), scale, initial_state, output_final_state, cu_seqlens, sp, causal)
 
 
@@ -278,6 +292,20 @@ def lightning_log_decay(
 def retention_log_decay(heads: int, device: torch.device | str | None = None) -> Tensor:
     """The log-decays ``[H]`` of a Retention layer: ``log(1 − 2^(−5−h))`` for heads h = 0..H−1, float32 (RetNet, eq. 8)."""
     return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float64)))).float().to(device)
+
+
+def _constant(log_decay: Callable[..., Tensor], k: Tensor, *layer: int) -> Tensor:
+    """The decays of k's heads, on its device: copied there once. A graph keeps its own."""
+    if torch.compiler.is_compiling():
+        return log_decay(k.shape[2], *layer, device=k.device)
+    return _made_once(log_decay, k.shape[2], layer, k.device)
+
+
+@lru_cache(maxsize=1024)
+def _made_once(log_decay: Callable[..., Tensor], heads: int, layer: tuple[int, ...], device: torch.device) -> Tensor:
+    # A tensor of inference mode could not be used in training afterwards.
+    with torch.inference_mode(False):
+        return log_decay(heads, *layer, device=device)
 
 
 def _decayed(

@@ -60,7 +60,7 @@ def softmax_attn(
             )
         if window is not None and window < 1:
             raise ValueError(f"softmax_attn: window must be at least 1, a token sees itself; given {window}")
-        if batch != 1 and seq.layout.num_documents > 1:
+        if batch != 1 and seq.num_documents > 1:
             raise ValueError(f"softmax_attn: packed documents come in one row: expected batch size 1, given {batch}")
         check_tokens("softmax_attn", tokens, seq)
 

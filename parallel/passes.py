@@ -1,0 +1,163 @@
+"""What a linear layer computes on one rank, as plain functions: start, forward, backward. They join any recurrence to any
+exchange on any layout, and know nothing of autograd or of compilers.
+
+Forward: summarise the local segments, compose them into runs, start the exchange, and when the states that enter the runs
+are back, run forward from them. Backward: the same with the adjoint summaries from the sequence's end to its start; dq needs
+no state's gradient and is computed while they travel. Besides the inputs, states are kept, and never more of them than keys
+and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.kernels import Recurrence, Summary, Tokens
+from lasp.parallel.exchange import PendingStates, Route
+from lasp.parallel.plan import Plan
+from lasp.parallel.sequence_parallel import SequenceParallel
+
+
+@dataclass
+class Started:
+    """A linear layer whose states are travelling.
+
+    Attributes:
+        recurrence: what the tokens do to the state.
+        sp: the ranks and the layout.
+        plan: how this rank's tokens are cut.
+        tokens: the tokens as the recurrence takes them.
+        maps: the map over each segment.
+        before: the map from what enters a run to what enters each of its segments.
+        states: what enters the runs, under way.
+    """
+
+    recurrence: Recurrence
+    sp: SequenceParallel
+    plan: Plan
+    tokens: Tokens
+    maps: Summary
+    before: Summary
+    states: PendingStates
+
+
+@dataclass
+class Gradients:
+    """The gradients of a layer's inputs; the gates' are empty where they were not wanted."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: tuple[Tensor, ...]
+    initial_state: Tensor | None
+
+
+def start(recurrence: Recurrence, tokens: Tokens, initial_state: Tensor | None, sp: SequenceParallel) -> Started:
+    """Summarise the local tokens and start the exchange."""
+    plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
+    prepared = recurrence.prepare(tokens, plan.segments)
+    maps = recurrence.summary(prepared, plan.segments)
+    before, runs = plan.forward.compose(maps, initial_state)
+    states = sp.exchange.start(runs, Route.forward(sp.layout, sp.rank))
+    return Started(recurrence, sp, plan, prepared, maps, before, states)
+
+
+def keeps_states(segments: int, k: Tensor, v: Tensor) -> bool:
+    """Whether the backward gets every segment's state, or makes them again from those that entered the runs.
+
+    Few and long segments: their states are kept. Many short ones: they would be more than the tokens.
+    """
+    B, _, H, K = k.shape
+    size = Tokens(k, v).state_dtype.itemsize
+    return B * segments * H * K * v.shape[-1] * size <= (k.numel() + v.numel()) * k.element_size()
+
+
+def forward(
+    started: Started, q: Tensor, scale: float, final_state: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Wait for the states and compute the output.
+
+    Returns:
+        The output, the documents' final states ``[B, N, H, K, V]`` if asked for, the states that entered the segments
+        ``[B, n, H, K, V]`` and those that entered the runs ``[B, R, H, K, V]``, None where nothing could.
+    """
+    recurrence, sp, tokens, plan = started.recurrence, started.sp, started.tokens, started.plan
+    run_entry = started.states.wait()
+    entering = plan.forward.enter(started.before, run_entry)
+    o = recurrence.output(q, tokens, entering, plan.segments, scale)
+    if not final_state:
+        return o, None, entering, run_entry
+    at = plan.tables(q.device)
+    leaving = started.maps.select(at.closing).apply(entering.index_select(1, at.closing))
+    # A document's final state is known where the document ends; elsewhere it is zero.
+    final = entering.new_zeros(q.shape[0], sp.num_documents, *tokens.state_shape)
+    final.index_copy_(1, at.closed, leaving)
+    return o, total(final, sp), entering, run_entry
+
+
+def backward(
+    recurrence: Recurrence,
+    sp: SequenceParallel,
+    q: Tensor,
+    tokens: Tokens,
+    gates: tuple[Tensor, ...],
+    initial_state: Tensor | None,
+    entering: Tensor | None,
+    run_entry: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor | None,
+    scale: float,
+    gated: bool,
+) -> Gradients:
+    """The gradients of everything that went in.
+
+    Args:
+        recurrence: what the tokens did to the state.
+        sp: the ranks and the layout.
+        q: the queries.
+        tokens: the tokens as the recurrence takes them.
+        gates: the gates as they were given.
+        initial_state: the states before the documents.
+        entering: the states that entered the segments; None where they are to be made again from `run_entry`.
+        run_entry: the states that entered the runs.
+        do: the gradient of the output.
+        dfinal: this rank's share of the gradient of the final states, where they were asked for.
+        scale: the factor of the queries.
+        gated: whether the gates' gradients are wanted.
+    """
+    plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
+    segments, at = plan.segments, plan.tables(q.device)
+
+    # A final state's gradient is where the gradients of its document's states start from.
+    dfinal = None if dfinal is None else total(dfinal, sp)
+    maps = recurrence.adjoint_summary(q, tokens, do, segments, scale)
+    after, runs = plan.backward.compose(maps, dfinal)
+    states = sp.exchange.start(runs, Route.backward(sp.layout, sp.rank))
+
+    if entering is None:
+        before, _ = plan.forward.compose(recurrence.summary(tokens, segments), initial_state)
+        entering = plan.forward.enter(before, run_entry)
+    dq, kept = recurrence.query_gradient(q, tokens, entering, do, segments, scale, gated)
+
+    leaving = plan.backward.enter(after, states.wait())
+    dinitial = None
+    if initial_state is not None:
+        opening = maps.select(at.opening).apply(leaving.index_select(1, at.opening))
+        dinitial = torch.zeros_like(initial_state)
+        dinitial.index_copy_(1, at.opened, opening.to(initial_state.dtype))
+    grads = recurrence.token_gradients(q, tokens, entering, do, leaving, segments, scale, gated, kept)
+    # A gate that many tokens share has the sum of their gradients.
+    dgates = tuple(dg.sum_to_size(g.shape) for dg, g in zip(grads.gates, gates, strict=False))
+    return Gradients(dq, grads.k, grads.v, dgates, dinitial)
+
+
+def total(x: Tensor, sp: SequenceParallel) -> Tensor:
+    """The sum of the ranks' tensors, on every rank; of a single rank x itself."""
+    if sp.world_size == 1:
+        return x
+    x = x.contiguous().clone()
+    dist.all_reduce(x, group=sp.group)
+    return x
