@@ -153,7 +153,9 @@ def attend(
     S,
     x,
     x_out,
+    S_marks,
     bounds,
+    marks,
     scale,
     T,
     H,
@@ -167,13 +169,14 @@ def attend(
     ACROSS: tl.constexpr,
     EXACT: tl.constexpr,
     GATED: tl.constexpr,
+    MARK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """o, or with ACROSS, where the state lies in memory as ``[DC, DA]``, dq. Grid: (B · H, segments, blocks of BC columns).
 
-    GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out; EXACT: but for what
-    j = i gave to it.
+    GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out, EXACT: but for what j = i gave to
+    it; and the states every MARK tokens inside a segment, ``S_marks: [marks, B, H, DC, DA]``.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -186,12 +189,12 @@ def attend(
     start = tl.load(S + at, mask=(down < DC)[:, None] & (right < DA)[None, :], other=0.0)
     x_out += block * tl.num_programs(0).to(tl.int64) * T
     _attend(
-        bh, segment, block, start, a, b, c, out, g, G, x, x_out, bounds, scale, T, H,
-        DA, DC, BA, BC, C, DECAY, False, EXACT, GATED, STAGES, PRECISION,
+        bh, segment, block, start, a, b, c, out, g, G, x, x_out, S_marks, x_out, bounds, marks, scale, T, H,
+        DA, DC, BA, BC, C, DECAY, False, EXACT, GATED, MARK, STAGES, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "H", "n"])
+@triton.jit(do_not_specialize=["T", "H", "n", "count"])
 def attend_back(
     q,
     k,
@@ -203,14 +206,18 @@ def attend_back(
     G,
     dS,
     S,
+    S_marks,
     k_dk,
     S_dS,
+    marks_dS,
     bounds,
+    marks,
     scale,
     unscale,
     T,
     H,
     n,
+    count,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -221,13 +228,14 @@ def attend_back(
     DECAY: tl.constexpr,
     EXACT: tl.constexpr,
     GATED: tl.constexpr,
+    MARK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dv, dk, or both where K = V. Grid: (roles · blocks of BLOCK columns, B · H, segments).
 
-    GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, and ``S_dS: [blocks, B, H, n]``, the product of the states
-    that enter the segments with their gradients.
+    GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, and the products of states with their gradients: of those
+    that enter the segments ``S_dS: [blocks, B, H, n]``, of those of S_marks ``marks_dS: [blocks, B, H, marks]``.
     """
     bh = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -239,8 +247,8 @@ def attend_back(
         )  # fmt: skip
     elif ROLE == "dk":
         _key_gradient(
-            bh, segment, tl.program_id(0), place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, bounds, scale, unscale, T, H,
-            n, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, STAGES, PRECISION,
+            bh, segment, tl.program_id(0), place, q, k, v, do, dk, g, G, dS, S, S_marks, k_dk, S_dS, marks_dS, bounds,
+            marks, scale, unscale, T, H, n, count, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, MARK, STAGES, PRECISION,
         )  # fmt: skip
     else:
         # Neighbours on the grid read the same four tensors.
@@ -251,8 +259,9 @@ def attend_back(
             )  # fmt: skip
         else:
             _key_gradient(
-                bh, segment, tl.program_id(0) // 2, place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, bounds, scale,
-                unscale, T, H, n, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, STAGES, PRECISION,
+                bh, segment, tl.program_id(0) // 2, place, q, k, v, do, dk, g, G, dS, S, S_marks, k_dk, S_dS, marks_dS,
+                bounds, marks, scale, unscale, T, H, n, count, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, MARK, STAGES,
+                PRECISION,
             )  # fmt: skip
 
 
@@ -267,16 +276,17 @@ def _value_gradient(
     mask = (down < V)[:, None] & (right < K)[None, :]
     end = tl.load(dS + place + down[:, None] + right[None, :] * V, mask=mask, other=0.0) * unscale
     _attend(
-        bh, segment, block, end, k, q, do, dv, g, G, do, do, bounds, scale, T, H,
-        K, V, BK, BLOCK, C, DECAY, True, EXACT, False, STAGES, PRECISION,
+        bh, segment, block, end, k, q, do, dv, g, G, do, do, dS, do, bounds, bounds, scale, T, H,
+        K, V, BK, BLOCK, C, DECAY, True, EXACT, False, C, STAGES, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def _key_gradient(
-    bh, segment, block, place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, bounds, scale, unscale, T, H, n,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    EXACT: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    bh, segment, block, place, q, k, v, do, dk, g, G, dS, S, S_marks, k_dk, S_dS, marks_dS, bounds, marks, scale, unscale,
+    T, H, n, count, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, MARK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     down = block * BLOCK + tl.arange(0, BLOCK)
     right = tl.arange(0, BV)
@@ -285,8 +295,9 @@ def _key_gradient(
     end = tl.load(dS + at, mask=mask, other=0.0) * unscale
     programs = tl.num_programs(1).to(tl.int64)
     start = _attend(
-        bh, segment, block, end, v, do, q, dk, g, G, k, k_dk + block * programs * T, bounds, scale, T, H,
-        V, K, BV, BLOCK, C, DECAY, True, EXACT, GATED, STAGES, PRECISION,
+        bh, segment, block, end, v, do, q, dk, g, G, k, k_dk + block * programs * T, S_marks,
+        marks_dS + (block * programs + bh) * count, bounds, marks, scale, T, H,
+        V, K, BV, BLOCK, C, DECAY, True, EXACT, GATED, MARK, STAGES, PRECISION,
     )  # fmt: skip
     if GATED:
         both = tl.load(S + at, mask=mask, other=0.0) * start * scale
@@ -295,9 +306,10 @@ def _key_gradient(
 
 @triton.jit
 def _attend(
-    bh, segment, block, S, a, b, c, out, g, G, x, x_out, bounds, scale, T, H,
+    bh, segment, block, S, a, b, c, out, g, G, x, x_out, S_marks, marks_dS, bounds, marks, scale, T, H,
     DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    REVERSE: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, MARK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment and one block of columns, from the state ``S: [BC, BA]`` at its start (REVERSE: its end) to the other's."""
     batch, head = bh // H, bh % H
@@ -311,6 +323,12 @@ def _attend(
     Os = tokens_of(out, first, length, H, DC, C, BC)
     if GATED:
         Xs = tokens_of(x, first, length, H, DC, C, BC)
+        first_mark = tl.load(marks + segment)
+        per_mark = tl.num_programs(1 if REVERSE else 0).to(tl.int64) * (DA * DC)
+        down = block * BC + tl.arange(0, BC)
+        right = tl.arange(0, BA)
+        inside = (down < DC)[:, None] & (right < DA)[None, :]
+        own_marks = S_marks + first_mark * per_mark + bh * (DA * DC) + down[:, None] * DA + right[None, :]
     STATE: tl.constexpr = "tf32x3" if GATED and PRECISION == "tf32" else PRECISION
     rows = tl.arange(0, C)
     if GATED and EXACT:
@@ -329,18 +347,20 @@ def _attend(
         next_within, next_whole = _sums(G + along + begin, length - begin, rows, C)
     for i in tl.range(0, count, num_stages=STAGES):
         t = (count - 1 - i) * C if REVERSE else i * C
+        if GATED:
+            edge = t + C if REVERSE else t
+            mark = edge // MARK - 1
+            marked = (edge % MARK == 0) & (edge > 0) & (edge < length)
+            if REVERSE:
+                if marked:
+                    known = tl.load(own_marks + mark * per_mark, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(marks_dS + first_mark + mark, tl.sum(known * S) * scale)
+            else:
+                tl.store(own_marks + mark * per_mark, S.to(S_marks.dtype.element_ty), mask=inside & marked)
         ta = tl.trans(As.load([t, 0]))
         tb = Bs.load([t, 0])
         tc = tl.trans(Cs.load([t, block * BC]))
-        if PRECISION == "bf16":
-            high = S.to(tl.bfloat16)
-            o = product(high, ta, PRECISION)
-            if GATED:
-                # The products with x must cancel along a whole segment: what bfloat16 leaves of the state counts too,
-                # and below what it leaves of the decayed columns.
-                o = add_product(o, S - high.to(tl.float32), ta, PRECISION)
-        else:
-            o = product(S, ta, STATE)
+        o = product(S, ta, STATE)
         p = product(tb, ta, PRECISION)
         if GATED and EXACT:
             # What a token gives to itself decays by nothing. Where all else decays strongly it would drown the rest.
@@ -387,59 +407,72 @@ def _attend(
                 o += tc.to(tl.float32) * itself[None, :]
         Os.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))
         if DECAY != NONE:
-            decayed = tc.to(tl.float32) * tl.exp2(leave)[None, :]
-            tc = decayed.to(tc.dtype)
+            tc = (tc * tl.exp2(leave)[None, :]).to(tc.dtype)
             S *= tl.exp2(whole)
-            if GATED and PRECISION == "bf16":
-                S = add_product(S, decayed - tc.to(tl.float32), tb, PRECISION)
         S = add_product(S, tc, tb, PRECISION)
     return S
 
 
-@triton.jit(do_not_specialize=["T", "H", "n", "blocks"])
+@triton.jit(do_not_specialize=["T", "H", "n", "count", "blocks"])
 def gate_gradient(
     dg,
     q_dq,
     k_dk,
     S_dS,
+    marks_dS,
     bounds,
+    marks,
     T,
     H,
     n,
+    count,
     blocks,
     DECAY: tl.constexpr,
-    SIZE: tl.constexpr,
+    MARK: tl.constexpr,
 ):
     """``dg: [B, T, H]``, or ``[B, H, n]`` of a constant decay, whose parts are to be summed. Grid: (B · H, segments).
 
-    A gate at t decays what goes from tokens before t, or the entering state, to tokens from t on, or the leaving state. The
-    entering state's product with its gradient is that at the segment's first token; each token then adds what starts from
-    it and takes away what ends at it: ``dg_{t+1} = dg_t + k_t · dk_t − q_t · dq_t``.
+    A gate at t decays what goes from tokens before t, or the entering state, to tokens from t on, or the leaving state. That
+    is the state's product with its gradient where both are known, which is at the segment's start and every MARK tokens;
+    between, each token adds what starts from it and takes away what ends at it: ``dg_{t+1} = dg_t + k_t · dk_t − q_t · dq_t``.
+    What such a sum misses of the next known value is shared out among the tokens.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     start = tl.load(bounds + segment)
     end = tl.load(bounds + segment + 1)
+    first_mark = tl.load(marks + segment)
     all = tl.num_programs(0).to(tl.int64)
-    rows = tl.arange(0, SIZE)
-    carry = tl.zeros([], dtype=tl.float32)
+    rows = tl.arange(0, MARK)
+    at_start = tl.zeros([], dtype=tl.float32)
     for block in range(blocks):
-        carry += tl.load(S_dS + (block * all + bh) * n + segment)
+        at_start += tl.load(S_dS + (block * all + bh) * n + segment)
     total = tl.zeros([], dtype=tl.float32)
-    for t in range(start, end, SIZE):
+    for t in range(start, end, MARK):
         mask = t + rows < end
+        mark = (t - start) // MARK
+        further = t + MARK < end
         # What changes between a token and the one before it: a sum that left the token itself out by subtraction would
         # keep the digits of the state's final gradient, and lose those of a strong decay.
-        known = mask & (t + rows > start)
-        change = tl.zeros([SIZE], dtype=tl.float32)
+        change = tl.zeros([MARK], dtype=tl.float32)
+        known = tl.zeros([], dtype=tl.float32)
+        following = tl.zeros([], dtype=tl.float32)
         for block in range(blocks):
-            at = (block * all + bh) * T + t + rows - 1
-            change += tl.load(k_dk + at, mask=known, other=0.0) - tl.load(q_dq + at, mask=known, other=0.0)
-        here = carry + tl.cumsum(change, 0)
+            at = (block * all + bh) * T + t
+            inner = mask & (rows > 0)
+            change += tl.load(k_dk + at + rows - 1, mask=inner, other=0.0)
+            change -= tl.load(q_dq + at + rows - 1, mask=inner, other=0.0)
+            following -= tl.load(k_dk + at + MARK - 1, mask=further, other=0.0)
+            following += tl.load(q_dq + at + MARK - 1, mask=further, other=0.0)
+            own_marks = marks_dS + (block * all + bh) * count + first_mark + mark
+            known += tl.load(own_marks - 1, mask=mark > 0, other=0.0)
+            following += tl.load(own_marks, mask=further, other=0.0)
+        known = tl.where(mark > 0, known, at_start)
+        missed = tl.where(further, following - known - tl.sum(change), 0.0)
+        here = known + tl.cumsum(change, 0) + missed * rows / MARK
         if DECAY == CONSTANT:
             total += tl.sum(tl.where(mask, here, 0.0))
         else:
             tl.store(dg + ((bh // H) * T + t + rows) * H + bh % H, here.to(dg.dtype.element_ty), mask=mask)
-        carry += tl.sum(change)
     if DECAY == CONSTANT:
         tl.store(dg + bh * n + segment, total)

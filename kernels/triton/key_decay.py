@@ -36,6 +36,19 @@ _LEAST: tl.constexpr = tl.constexpr(-25.0)
 _FARTHEST: tl.constexpr = tl.constexpr(100.0)
 
 
+@triton.jit
+def _apart(t, C: tl.constexpr, REVERSE: tl.constexpr):
+    """Which halving parts two tokens of the chunk at t: below `NEAR` none, below ``2 · NEAR`` the last, and so on.
+
+    ``[C, C]``; ``2 · C`` where the column's token comes after the row's (REVERSE: before), or is the same. It depends on t
+    for the compiler's sake, which would otherwise keep masks in registers from chunk to chunk.
+    """
+    row = (t + tl.arange(0, C))[:, None]
+    column = (t + tl.arange(0, C))[None, :]
+    seen = row < column if REVERSE else row > column
+    return tl.where(seen, row ^ column, 2 * C)
+
+
 @triton.jit(do_not_specialize=["T", "H"])
 def cumulate_keys(g, G, bounds, T, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
     """``G: [B, T, H, K]``: the running sum of g from the start of each chunk of C tokens, in powers of two, float32.
@@ -126,10 +139,10 @@ def summarise_keys(
         tb = bs.load([t, 0])
         tc = cs.load([t, block * BC])
         sums = gs.load([t, 0])
-        whole = _whole(G + (first + t.to(tl.int64) * H) * DB, tl.minimum(length - t, C), H, columns, DB)
+        whole = _whole(G + (first + t * H) * DB, tl.minimum(length - t, C), H, columns, DB)
         if not REVERSE:
             sums = whole[None, :] - sums
-        tb = (tb.to(tl.float32) * tl.exp2(sums)).to(tb.dtype)
+        tb = tb.to(tl.float32) * tl.exp2(sums)
         state *= tl.exp2(whole)[:, None]
         decayed += whole
         state = add_product(state, tl.trans(tb), tc, PRECISION)
@@ -145,12 +158,155 @@ def summarise_keys(
         tl.store(A + place * DB + down, tl.exp2(decayed), mask=down < DB)
 
 
+@triton.jit(do_not_specialize=["T", "H"])
+def pair_up(
+    q,
+    k,
+    G,
+    P,
+    bounds,
+    T,
+    H,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``P: [B, T, H, C]``: the decayed products of each token's query with the keys of its chunk, 0 after the token.
+
+    Grid: (B · H, segments, programs that share a segment's chunks). BK columns of K are taken at a time. LEVELS: how often a
+    chunk of C tokens is halved to `NEAR`.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    start = tl.load(bounds + tl.program_id(1))
+    length = (tl.load(bounds + tl.program_id(1) + 1) - start).to(tl.int32)
+    first = ((bh // H) * T + start) * H + bh % H
+    qs = tokens_of(q, first, length, H, K, C, BK)
+    ks = tokens_of(k, first, length, H, K, C, BK)
+    gs = tokens_of(G, first, length, H, K, C, BK)
+    ps = tokens_of(P, first, length, H, C, C, C)
+    rows = tl.arange(0, C)
+    for t in range(tl.program_id(2) * C, length, tl.num_programs(2) * C):
+        valid = tl.minimum(length - t, C)
+        here = G + (first + t * H) * K
+        apart = _apart(t, C, False)
+        p = tl.zeros([C, C], dtype=tl.float32)
+        itself = tl.zeros([C], dtype=tl.float32)
+        for column in range(0, K, BK):
+            columns = column + tl.arange(0, BK)
+            tq = qs.load([t, column]).to(tl.float32)
+            tk = ks.load([t, column]).to(tl.float32)
+            sums = gs.load([t, column])
+            within = _near(sums, here, rows, valid, H, columns, K)
+            near = product(tq * tl.exp2(within), tl.trans(tk * tl.exp2(-within)), PRECISION)
+            p += tl.where(apart < NEAR, near, 0.0)
+            itself += tl.sum(tq * tk, 1)
+            for level in tl.static_range(LEVELS):
+                meet = _between_halves(sums, here, rows, valid, H, columns, K, NEAR << level)
+                far = product(tq * meet, tl.trans(tk * meet), PRECISION)
+                p += tl.where((apart >= NEAR << level) & (apart < 2 * NEAR << level), far, 0.0)
+        p = tl.where(rows[:, None] == rows[None, :], itself[:, None], p)
+        ps.store([t, 0], p.to(P.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def pair_up_back(
+    q,
+    k,
+    v,
+    do,
+    G,
+    P,
+    dq,
+    dk,
+    partner,
+    bounds,
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GATED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`pair_up`'s P, and what the tokens of a chunk give to each other's dq and dk. Grid: as `pair_up`.
+
+    GATED: also ``partner: [B, T, H, K]`` = q ⊙ dq − k ⊙ dk of that in float32, but for what a token gives to itself: that
+    decays by nothing, and would drown the rest.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    start = tl.load(bounds + tl.program_id(1))
+    length = (tl.load(bounds + tl.program_id(1) + 1) - start).to(tl.int32)
+    first = ((bh // H) * T + start) * H + bh % H
+    qs = tokens_of(q, first, length, H, K, C, BK)
+    ks = tokens_of(k, first, length, H, K, C, BK)
+    gs = tokens_of(G, first, length, H, K, C, BK)
+    vs = tokens_of(v, first, length, H, V, C, BV)
+    dos = tokens_of(do, first, length, H, V, C, BV)
+    ps = tokens_of(P, first, length, H, C, C, C)
+    dqs = tokens_of(dq, first, length, H, K, C, BK)
+    dks = tokens_of(dk, first, length, H, K, C, BK)
+    if GATED:
+        partners = tokens_of(partner, first, length, H, K, C, BK)
+    rows = tl.arange(0, C)
+    for t in range(tl.program_id(2) * C, length, tl.num_programs(2) * C):
+        valid = tl.minimum(length - t, C)
+        here = G + (first + t * H) * K
+        apart = _apart(t, C, False)
+        apart_back = _apart(t, C, True)
+        # Both ways: a product takes no transposed product.
+        dp = tl.zeros([C, C], dtype=tl.float32)
+        dp_back = tl.zeros([C, C], dtype=tl.float32)
+        own = tl.zeros([C], dtype=tl.float32)
+        for column in range(0, V, BV):
+            tv = vs.load([t, column])
+            tdo = dos.load([t, column])
+            dp = add_product(dp, tdo, tl.trans(tv), PRECISION)
+            dp_back = add_product(dp_back, tv, tl.trans(tdo), PRECISION)
+            own += tl.sum(tv.to(tl.float32) * tdo.to(tl.float32), 1)
+        p = tl.zeros([C, C], dtype=tl.float32)
+        itself = tl.zeros([C], dtype=tl.float32)
+        for column in range(0, K, BK):
+            columns = column + tl.arange(0, BK)
+            tq = qs.load([t, column]).to(tl.float32)
+            tk = ks.load([t, column]).to(tl.float32)
+            sums = gs.load([t, column])
+            itself += tl.sum(tq * tk, 1)
+            within = tl.exp2(_near(sums, here, rows, valid, H, columns, K))
+            before = 1 / within
+            tq_near, tk_near = tq * within, tk * before
+            p += tl.where(apart < NEAR, product(tq_near, tl.trans(tk_near), PAIRS), 0.0)
+            to_q = within * product(tl.where(apart < NEAR, dp, 0.0), tk_near, PRECISION)
+            to_k = before * product(tl.where(apart_back < NEAR, dp_back, 0.0), tq_near, PRECISION)
+            for level in tl.static_range(LEVELS):
+                meet = _between_halves(sums, here, rows, valid, H, columns, K, NEAR << level)
+                tq_far, tk_far = tq * meet, tk * meet
+                far = (apart >= NEAR << level) & (apart < 2 * NEAR << level)
+                far_back = (apart_back >= NEAR << level) & (apart_back < 2 * NEAR << level)
+                p += tl.where(far, product(tq_far, tl.trans(tk_far), PAIRS), 0.0)
+                to_q += meet * product(tl.where(far, dp, 0.0), tk_far, PRECISION)
+                to_k += meet * product(tl.where(far_back, dp_back, 0.0), tq_far, PRECISION)
+            if GATED:
+                partners.store([t, column], (tq * to_q - tk * to_k) * scale)
+            dqs.store([t, column], ((to_q + tk * own[:, None]) * scale).to(dq.dtype.element_ty))
+            dks.store([t, column], ((to_k + tq * own[:, None]) * scale).to(dk.dtype.element_ty))
+        p = tl.where(rows[:, None] == rows[None, :], itself[:, None], p)
+        ps.store([t, 0], p.to(P.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def attend_along_keys(
     a,
     b,
     c,
     out,
+    P,
     G,
     S,
     bounds,
@@ -165,14 +321,12 @@ def attend_along_keys(
     BC: tl.constexpr,
     C: tl.constexpr,
     REVERSE: tl.constexpr,
-    LEVELS: tl.constexpr,
     STAGES: tl.constexpr,
-    PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """o, or REVERSE dv, from the states ``S: [B, n, H, DA, DC]`` at the segments' starts, or ends. Grid: as `summarise_keys`.
+    """o, or REVERSE dv, from the states ``S: [B, n, H, DA, DC]`` at the segments' starts, or ends, and `pair_up`'s P.
 
-    PAIRS: the precision of the products of a and b. LEVELS: how often a chunk of C tokens is halved to `NEAR`.
+    Grid: (B · H, segments, blocks of BC columns).
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -185,6 +339,7 @@ def attend_along_keys(
     bs = tokens_of(b, first, length, H, DA, C, BA)
     gs = tokens_of(G, first, length, H, DA, C, BA)
     cs = tokens_of(c, first, length, H, DC, C, BC)
+    ps = tokens_of(P, first, length, H, C, C, C)
     outs = tokens_of(out, first, length, H, DC, C, BC)
 
     down = block * BC + tl.arange(0, BC)
@@ -192,13 +347,11 @@ def attend_along_keys(
     place = ((batch * n + segment) * H + head) * (DA * DC)
     at = S + place + down[:, None] + right[None, :] * DC
     state = tl.load(at, mask=(down < DC)[:, None] & (right < DA)[None, :], other=0.0) * unscale
-    rows = tl.arange(0, C)
-    seen = rows[:, None] >= rows[None, :] if REVERSE else rows[:, None] <= rows[None, :]
     count = tl.cdiv(length, C)
     for i in tl.range(0, count, num_stages=STAGES):
         t = (count - 1 - i) * C if REVERSE else i * C
         valid = tl.minimum(length - t, C)
-        here = G + (first + t.to(tl.int64) * H) * DA
+        here = G + (first + t * H) * DA
         ta = as_.load([t, 0])
         tb = bs.load([t, 0])
         tc = tl.trans(cs.load([t, block * BC]))
@@ -207,35 +360,15 @@ def attend_along_keys(
         enter, leave = sums, whole[None, :] - sums
         if REVERSE:
             enter, leave = leave, enter
-        wide_a, wide_b = ta.to(tl.float32), tb.to(tl.float32)
-
-        within = _near(sums, here, rows, valid, H, right, DA)
+        o = product(state, tl.trans(ta.to(tl.float32) * tl.exp2(enter)), PRECISION)
         if REVERSE:
-            within = -within
-        p = product(wide_b * tl.exp2(-within), tl.trans(wide_a * tl.exp2(within)), PAIRS)
-        p = tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), p, 0.0)
-        for level in tl.static_range(LEVELS):
-            SIZE: tl.constexpr = NEAR << level
-            meet = _between_halves(sums, here, rows, valid, H, right, DA, SIZE)
-            far = product(wide_b * meet, tl.trans(wide_a * meet), PAIRS)
-            same = rows[:, None] // (2 * SIZE) == rows[None, :] // (2 * SIZE)
-            p = tl.where(seen & same & (rows[:, None] // SIZE != rows[None, :] // SIZE), far, p)
-
-        o = product(state, tl.trans((wide_a * tl.exp2(enter)).to(ta.dtype)), PRECISION)
+            p = ps.load([t, 0])
+        else:
+            p = tl.trans(ps.load([t, 0]))
         o = add_product(o, tc, p, PRECISION)
         outs.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))
         state *= tl.exp2(whole)[None, :]
-        state = add_product(state, tc, (wide_b * tl.exp2(leave)).to(tb.dtype), PRECISION)
-
-
-@triton.jit
-def _split_product(sum, x, y, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """``sum + x @ y`` with x in float32; SPLIT: what bfloat16 leaves of x counts too."""
-    if SPLIT and PRECISION == "bf16":
-        high = x.to(tl.bfloat16)
-        sum = add_product(sum, x - high.to(tl.float32), y, PRECISION)
-        return add_product(sum, high, y, PRECISION)
-    return add_product(sum, x, y, PRECISION)
+        state = add_product(state, tc, tb.to(tl.float32) * tl.exp2(leave), PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
@@ -248,9 +381,11 @@ def attend_across_keys(
     G,
     S,
     S_exit,
+    S_marks,
     partner,
     dg,
     bounds,
+    marks,
     scale,
     unscale,
     T,
@@ -263,18 +398,19 @@ def attend_across_keys(
     C: tl.constexpr,
     REVERSE: tl.constexpr,
     GATED: tl.constexpr,
-    LEVELS: tl.constexpr,
+    MARK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq, or REVERSE dk, from the states ``S: [B, n, H, DC, DA]`` at the segments' starts, or ends. Grid: (B · H, segments,
-    blocks of BC columns).
+    """Adds to dq, or REVERSE dk, what comes from the states ``S: [B, n, H, DC, DA]`` at the segments' starts, or ends.
 
-    GATED: dq also leaves ``partner: [B, T, H, DC]`` = q ⊙ dq in float32, but for what a token gave to itself, and the states
-    at the segments' ends in S_exit; dk makes of them ``dg: [B, T, H, DC]``, which may be the same memory. A gate at t decays
-    what goes from tokens before t, or the entering state, to tokens from t on, or the leaving state. At the segment's end
-    that is the leaving state's product with its gradient; each token then adds what ends at it and takes away what starts
-    from it: ``dg_t = dg_{t+1} + q_t ⊙ dq_t − k_t ⊙ dk_t``.
+    Grid: (B · H, segments, blocks of BC columns). out holds `pair_up_back`'s part.
+
+    GATED: dq also adds its q ⊙ dq to partner, and leaves the states at the segments' ends and every MARK tokens. dk makes of
+    them ``dg: [B, T, H, DC]``, which may be partner's memory. A gate at t decays what goes from tokens before t, or the
+    entering state, to tokens from t on, or the leaving state. Where the state is known that is its product with its gradient;
+    from there to the start each token adds what ends at it and takes away what starts from it:
+    ``dg_t = dg_{t+1} + q_t ⊙ dq_t − k_t ⊙ dk_t``.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -292,64 +428,54 @@ def attend_across_keys(
         xs = tokens_of(x, first, length, H, DC, C, BC)
         partners = tokens_of(partner, first, length, H, DC, C, BC)
 
-    down = block * BC + tl.arange(0, BC)
-    right = tl.arange(0, BA)
-    mask = (down < DC)[:, None] & (right < DA)[None, :]
-    at = ((batch * n + segment) * H + head) * (DA * DC) + down[:, None] * DA + right[None, :]
-    state = tl.load(S + at, mask=mask, other=0.0) * unscale
-    if GATED and REVERSE:
-        dgs = tokens_of(dg, first, length, H, DC, C, BC)
-        passing = tl.sum(tl.load(S_exit + at, mask=mask, other=0.0) * state, 1) * scale
-    rows = tl.arange(0, C)
-    if REVERSE:
-        seen = rows[:, None] > rows[None, :]
-    else:
-        seen = rows[:, None] < rows[None, :]
-    itself = rows[:, None] == rows[None, :]
-    nothing = tl.zeros([BC, C], dtype=tl.float32)
+    # The state stands transposed, [BA, BC], to be the right factor of its product as it is.
+    down = tl.arange(0, BA)
+    across = block * BC + tl.arange(0, BC)
+    inside = (down < DA)[:, None] & (across < DC)[None, :]
+    cell = down[:, None] + across[None, :] * DA
+    at = ((batch * n + segment) * H + head) * (DA * DC) + cell
+    state = tl.load(S + at, mask=inside, other=0.0) * unscale
+    if GATED:
+        # Marks are stored as [marks, B, H, DC, DA].
+        per_mark = tl.num_programs(0).to(tl.int64) * (DA * DC)
+        own_marks = S_marks + tl.load(marks + segment) * per_mark + bh * (DA * DC)
+        if REVERSE:
+            dgs = tokens_of(dg, first, length, H, DC, C, BC)
+            passing = tl.sum(tl.load(S_exit + at, mask=inside, other=0.0) * state, 0) * scale
     count = tl.cdiv(length, C)
     for i in tl.range(0, count, num_stages=STAGES):
         t = (count - 1 - i) * C if REVERSE else i * C
-        valid = tl.minimum(length - t, C)
-        here = G + (first + t.to(tl.int64) * H) * DC
-        ta = tl.trans(as_.load([t, 0]))
+        if GATED:
+            edge = t + C if REVERSE else t
+            marked = (edge % MARK == 0) & (edge > 0) & (edge < length)
+            mark = own_marks + (edge // MARK - 1) * per_mark + cell
+            if REVERSE:
+                if marked:
+                    passing = tl.sum(tl.load(mark, mask=inside, other=0.0).to(tl.float32) * state, 0) * scale
+            else:
+                if marked:
+                    tl.store(mark, state.to(S_marks.dtype.element_ty), mask=inside)
+        ta = as_.load([t, 0])
         tb = bs.load([t, 0])
-        tc = cs.load([t, block * BC]).to(tl.float32)
+        tc = cs.load([t, block * BC])
         sums = gs.load([t, block * BC])
-        whole = _whole(here, valid, H, down, DC)
+        whole = _whole(G + (first + t * H) * DC, tl.minimum(length - t, C), H, across, DC)
         enter, leave = sums, whole[None, :] - sums
         if REVERSE:
             enter, leave = leave, enter
-
-        p = product(tb, ta, PRECISION)
-        # What a token gives to itself decays by nothing; added last, it does not drown what the gates' gradient needs.
-        own = tl.sum(tl.where(itself, p, 0.0), 0)
-        o = tl.trans(tl.exp2(enter)) * _split_product(nothing, state, ta, GATED, PRECISION)
-        within = _near(sums, here, rows, valid, H, down, DC)
-        if REVERSE:
-            within = -within
-        near = tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), p, 0.0)
-        columns = tl.trans(tc * tl.exp2(-within))
-        o += tl.trans(tl.exp2(within)) * _split_product(nothing, columns, near, GATED, PRECISION)
-        for level in tl.static_range(LEVELS):
-            SIZE: tl.constexpr = NEAR << level
-            meet = _between_halves(sums, here, rows, valid, H, down, DC, SIZE)
-            same = rows[:, None] // (2 * SIZE) == rows[None, :] // (2 * SIZE)
-            far = tl.where(seen & same & (rows[:, None] // SIZE != rows[None, :] // SIZE), p, 0.0)
-            o += tl.trans(meet) * _split_product(nothing, tl.trans(tc * meet), far, GATED, PRECISION)
-
+        o = product(ta, state, PRECISION) * tl.exp2(enter) * scale
         if GATED:
-            with_x = tl.trans(xs.load([t, block * BC])).to(tl.float32) * o * scale
+            with_x = xs.load([t, block * BC]).to(tl.float32) * o
             if REVERSE:
-                change = tl.trans(partners.load([t, block * BC])) - with_x
-                gradient = passing[:, None] + tl.cumsum(change, 1, reverse=True)
-                dgs.store([t, block * BC], tl.trans(gradient.to(dg.dtype.element_ty)))
-                passing += tl.sum(change, 1)
+                change = partners.load([t, block * BC]) - with_x
+                gradient = passing[None, :] + tl.cumsum(change, 0, reverse=True)
+                dgs.store([t, block * BC], gradient.to(dg.dtype.element_ty))
+                passing += tl.sum(change, 0)
             else:
-                partners.store([t, block * BC], tl.trans(with_x))
-        o += tl.trans(tc) * own[None, :]
-        outs.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))
-        state *= tl.exp2(whole)[:, None]
-        state = _split_product(state, tl.trans(tc * tl.exp2(leave)), tb, GATED, PRECISION)
+                partners.store([t, block * BC], partners.load([t, block * BC]) + with_x)
+        o += outs.load([t, block * BC]).to(tl.float32)
+        outs.store([t, block * BC], o.to(out.dtype.element_ty))
+        state *= tl.exp2(whole)[None, :]
+        state = add_product(state, tl.trans(tb), tc.to(tl.float32) * tl.exp2(leave), PRECISION)
     if GATED and not REVERSE:
-        tl.store(S_exit + at, state, mask=mask)
+        tl.store(S_exit + at, state, mask=inside)

@@ -5,12 +5,15 @@ Nothing is tuned at run time: the choices below were measured on an H200, and a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
 
 from lasp.kernels.triton.language import INTERPRETED
+
+#: The gates' gradient is a running sum of terms that cancel; it starts anew from a state every so many tokens.
+MARK = 32 if INTERPRETED else 128
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,14 @@ def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
     if INTERPRETED:
         C = min(C, 32)
     return Tiles(BA, BC, -(-DC // BC), C, warps, stages)
+
+
+@cache
+def column_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of `key_decay.attend_across_keys`, in the chunks of `key_tiles`."""
+    tile = key_tiles(DA, DC, dtype)
+    BC = min(tile.BC, 64)
+    return replace(tile, BC=BC, blocks=-(-DC // BC))
 
 
 def padded(width: int) -> int:

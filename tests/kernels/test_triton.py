@@ -104,14 +104,16 @@ def test_one_number_a_head(decay: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_strong_number_a_head(decay: str, dtype: torch.dtype) -> None:
     # A constant decay's gradient is a sum over all tokens of what little a strong one lets through.
-    tolerance = {torch.float32: 2e-5 if decay == "constant" else 2e-6, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float32: 2e-5 if decay == "constant" else 2e-6, torch.bfloat16: 3e-2}[dtype]
     check(TritonHeadDecay, decay, dtype, (35, 20), 30, tolerance, B=1, H=2, K=16, V=16)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("strength", [0.3, 30])
 def test_one_number_a_key(dtype: torch.dtype, strength: float) -> None:
-    check(TritonKeyDecay, "by key", dtype, (40, 1, 23), strength, B=2, H=3, K=16, V=24)
+    # In bfloat16 dq and dk are rounded twice, and a gate's gradient sums what many rounded tokens do.
+    tolerance = 2e-2 if dtype == torch.bfloat16 else None
+    check(TritonKeyDecay, "by key", dtype, (40, 1, 23), strength, tolerance, B=2, H=3, K=16, V=24)
 
 
 @pytest.mark.parametrize("decay", ["by token", "by key"])
