@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,35 +12,36 @@ from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
-def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reach, scale: float) -> Tensor:
-    """Attention to the keys of all ranks: one all-gather forward; the same again and one reduce-scatter backward.
+def all_gather_attention(
+    q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reach, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of all ranks, by one all-gather: the output and the log-sum-exp. Records no gradient.
 
     The gathered keys and values are not kept for the backward pass: memory grows with the sequence only within a layer.
     Shapes are `lasp.ops.softmax_attn`'s.
     """
-    output: Tensor = _AllGatherAttention.apply(q, k, v, sp, _mask(sp.layout, sp.rank, reach), scale)
-    return output
+    return attend(q, *_gather(k, v, sp), _mask(sp.layout, sp.rank, reach), scale)
 
 
-class _AllGatherAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, mask: Mask, scale: float) -> Tensor:
-        o, lse = attend(q, *_gather(k, v, sp), mask, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.sp, ctx.mask, ctx.scale = sp, mask, scale
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        sp = ctx.sp
-        dq, dk, dv = attend_backward(do, o, lse, q, *_gather(k, v, sp), ctx.mask, ctx.scale)
-        # The same ranks' shares of one key, from all that saw it, are summed in float32 at least.
-        rows = torch.cat([dk, dv], dim=-1).to(torch.promote_types(k.dtype, torch.float32)).transpose(0, 1)
-        mine, work = reduce_scatter_rows(rows, sp.group)
-        work.wait()
-        dk, dv = mine[: k.shape[1]].transpose(0, 1).to(k.dtype).split([k.shape[-1], v.shape[-1]], dim=-1)
-        return dq, dk, dv, None, None, None
+def all_gather_backward(
+    do: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sp: SequenceParallel,
+    reach: Reach,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients, by the same all-gather again and one reduce-scatter."""
+    dq, dk, dv = attend_backward(do, o, lse, q, *_gather(k, v, sp), _mask(sp.layout, sp.rank, reach), scale)
+    # The same ranks' shares of one key, from all that saw it, are summed in float32 at least.
+    rows = torch.cat([dk, dv], dim=-1).to(torch.promote_types(k.dtype, torch.float32)).transpose(0, 1)
+    mine, work = reduce_scatter_rows(rows, sp.group)
+    work.wait()
+    dk, dv = mine[: k.shape[1]].transpose(0, 1).to(k.dtype).split([k.shape[-1], v.shape[-1]], dim=-1)
+    return dq, dk, dv
 
 
 def _gather(k: Tensor, v: Tensor, sp: SequenceParallel) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ q is ``[B, Tq, H, D]``; k and v are ``[B, Tk, Hk, D]``, where Hk divides H; log-
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -70,30 +72,16 @@ def attend_backward(
     return dq, dk, dv
 
 
-def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """The output where this rank holds all keys, with gradients."""
-    if mask.triangular:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
-    if q.is_cuda and not mask.nothing:
-        return _flex(q, k, v, mask, scale)[0]
-    output: Tensor = _Attention.apply(q, k, v, mask, scale)
-    return output
+def triangular_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The output where query i sees keys 0 to i, with gradients."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        o, lse = attend(q, k, v, mask, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.mask, ctx.scale = mask, scale
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        return *attend_backward(do, o, lse, q, k, v, ctx.mask, ctx.scale), None, None
+def flex_attention_with_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """The output for any mask on a GPU, with FlexAttention's own gradients."""
+    return _flex(q, k, v, mask, scale)[0]
 
 
 def merge(o: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,11 +149,22 @@ def _flex_backward(
     ``dlse_i = w_i do · (o_i − o)``.
     """
     leaves = q, k, v = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
+    with _recording():
         o_i, lse_i = _flex(q, k, v, mask, scale)
     base = lse.masked_fill(lse == -torch.inf, 0)
     weight = (lse_i.detach() - base).exp()
     dlse = weight * (do * (o_i.detach() - o)).to(weight.dtype).sum(-1).transpose(1, 2)
     do_i = (do * weight.transpose(1, 2).unsqueeze(-1)).to(o_i.dtype)
-    dq, dk, dv = torch.autograd.grad([o_i, lse_i], leaves, [do_i, dlse.to(lse_i.dtype)])
+    with _recording():
+        dq, dk, dv = torch.autograd.grad([o_i, lse_i], leaves, [do_i, dlse.to(lse_i.dtype)])
     return dq, dk, dv
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Gradients are recorded, also inside an operator, where the dispatcher leaves autograd out."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield

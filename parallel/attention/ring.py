@@ -7,8 +7,6 @@ last hop brings home.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,66 +17,62 @@ from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reach, scale: float) -> Tensor:
-    """Attention to the keys of all ranks, of which a rank holds two blocks at a time. Shapes are `lasp.ops.softmax_attn`'s."""
-    output: Tensor = _RingAttention.apply(q, k, v, sp, reach, scale)
-    return output
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reach, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of all ranks, of which a rank holds two blocks at a time: the output and the log-sum-exp.
+
+    Records no gradient. Shapes are `lasp.ops.softmax_attn`'s.
+    """
+    block = torch.cat([k, v], dim=-1)
+    o = q.new_zeros(q.shape, dtype=wide(q.dtype))
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=o.dtype)
+    for step in range(sp.world_size):
+        source = (sp.rank - step) % sp.world_size
+        hop = _Hop(block, source, sp) if step + 1 < sp.world_size else None
+        mask = _mask(sp.layout, sp.rank, source, reach)
+        if not mask.nothing:
+            keys, values = block.split([k.shape[-1], v.shape[-1]], dim=-1)
+            o, lse = merge(o, lse, *attend(q, keys, values, mask, scale))
+        if hop is not None:
+            block = hop.wait()
+    return o.to(q.dtype), lse
 
 
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sp: SequenceParallel,
-        reach: Reach,
-        scale: float,
-    ) -> Tensor:
-        block = torch.cat([k, v], dim=-1)
-        o = q.new_zeros(q.shape, dtype=wide(q.dtype))
-        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=o.dtype)
-        for step in range(sp.world_size):
-            source = (sp.rank - step) % sp.world_size
-            hop = _Hop(block, source, sp) if step + 1 < sp.world_size else None
-            mask = _mask(sp.layout, sp.rank, source, reach)
-            if not mask.nothing:
-                keys, values = block.split([k.shape[-1], v.shape[-1]], dim=-1)
-                o, lse = merge(o, lse, *attend(q, keys, values, mask, scale))
-            if hop is not None:
-                block = hop.wait()
-        o = o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.sp, ctx.reach, ctx.scale = sp, reach, scale
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        sp = ctx.sp
-        widths = [k.shape[-1], v.shape[-1]]
-        block = torch.cat([k, v], dim=-1)
-        dq = torch.zeros_like(q, dtype=wide(q.dtype))
-        homing: _Hop | None = None
-        for step in range(sp.world_size):
-            source = (sp.rank - step) % sp.world_size
-            hop = _Hop(block, source, sp) if step + 1 < sp.world_size else None
-            mask = _mask(sp.layout, sp.rank, source, ctx.reach)
-            share = None
-            if not mask.nothing:
-                keys, values = block.split(widths, dim=-1)
-                dq_share, *dkv = attend_backward(do, o, lse, q, keys, values, mask, ctx.scale)
-                dq += dq_share
-                share = torch.cat(dkv, dim=-1).to(dq.dtype)
-            # What the ranks before added to this block's gradient travelled while this rank computed its share.
-            dblock = torch.zeros_like(block, dtype=dq.dtype) if homing is None else homing.wait()
-            homing = _Hop(dblock if share is None else dblock + share, source, sp)
-            if hop is not None:
-                block = hop.wait()
-        assert homing is not None
-        dk, dv = homing.wait().to(k.dtype).split(widths, dim=-1)
-        return dq.to(q.dtype), dk, dv, None, None, None
+def ring_backward(
+    do: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sp: SequenceParallel,
+    reach: Reach,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients, by another round of the blocks."""
+    widths = [k.shape[-1], v.shape[-1]]
+    block = torch.cat([k, v], dim=-1)
+    dq = torch.zeros_like(q, dtype=wide(q.dtype))
+    homing: _Hop | None = None
+    for step in range(sp.world_size):
+        source = (sp.rank - step) % sp.world_size
+        hop = _Hop(block, source, sp) if step + 1 < sp.world_size else None
+        mask = _mask(sp.layout, sp.rank, source, reach)
+        share = None
+        if not mask.nothing:
+            keys, values = block.split(widths, dim=-1)
+            dq_share, *dkv = attend_backward(do, o, lse, q, keys, values, mask, scale)
+            dq += dq_share
+            share = torch.cat(dkv, dim=-1).to(dq.dtype)
+        # What the ranks before added to this block's gradient travelled while this rank computed its share.
+        dblock = torch.zeros_like(block, dtype=dq.dtype) if homing is None else homing.wait()
+        homing = _Hop(dblock if share is None else dblock + share, source, sp)
+        if hop is not None:
+            block = hop.wait()
+    assert homing is not None
+    dk, dv = homing.wait().to(k.dtype).split(widths, dim=-1)
+    return dq.to(q.dtype), dk, dv
 
 
 class _Hop:

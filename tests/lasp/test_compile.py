@@ -16,6 +16,7 @@ from lasp.kernels import ChunkedDecay, Tokens
 from lasp.layers.linear import MIXERS
 from lasp.models import LinearLlama3
 from lasp.models.config import LinearLlama3Config
+from lasp.ops import softmax_attn
 from lasp.ops.linear import linear_attn, retention, simple_gla
 from lasp.parallel import operators
 from tests.parallel.test_linear import OPS, inputs
@@ -111,6 +112,18 @@ def test_documents_given_as_a_tensor() -> None:
         compiled(linear_attn)(q, k, v, cu_seqlens=torch.tensor(DOCUMENTS["packed"]))
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_softmax(documents: str, options: dict) -> None:
+    x = Inputs(0, torch.float64)
+    tensors = {name: x.normal(1, TOKENS, heads, 4) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+
+    def function(**tensors: Tensor) -> tuple[Tensor, ...]:
+        return (softmax_attn(**tensors, cu_seqlens=DOCUMENTS[documents], **options),)
+
+    assert_close(results(compiled(function), tensors), results(function, tensors), 1e-12)
+
+
 @pytest.mark.parametrize("gates", [None, "B T H K"])
 def test_operators(gates: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own checks: the schemas, the shapes of fakes, the registration of gradients."""
@@ -142,6 +155,7 @@ def test_operators(gates: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
             back = (q, k, v, g, state, states, o, final, recurrence, sp.name, 0.3, bool(g))
             torch.library.opcheck(lasp.linear_backward.default, back, test_utils=schema_and_shapes)
     torch.library.opcheck(lasp.sum_over_ranks.default, (q, sp.name))
+    torch.library.opcheck(lasp.softmax.default, (q, k, q, sp.name, 0, 7, 0.3))
 
 
 def test_a_copy_of_what_was_started_is_looked_at_again() -> None:
@@ -200,7 +214,13 @@ def step(net: LinearLlama3, tokens: Tensor, targets: Tensor, again: bool, sp: Se
     return F.cross_entropy(net.head(net.norm(x)).flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def check_model(net: LinearLlama3, sp: SequenceParallel | None, tokens: Tensor, backend: str = "aot_eager") -> None:
+def check_model(
+    net: LinearLlama3,
+    sp: SequenceParallel | None,
+    tokens: Tensor,
+    backend: str = "aot_eager",
+    tolerance: float = 1e-10,
+) -> None:
     """Loss and gradients: eager, checkpointed, compiled, compiled with checkpointing."""
     targets = tokens.roll(-1, 1)
     if sp is not None:
@@ -216,9 +236,9 @@ def check_model(net: LinearLlama3, sp: SequenceParallel | None, tokens: Tensor, 
             assert all(grad is not None for grad in grads.values())
             found.append({"loss": loss.detach()} | {n: g.clone() for n, g in grads.items() if g is not None})
     for other in found[1:]:
-        assert_close(other, found[0], 1e-10)
+        assert_close(other, found[0], tolerance)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_models(mixer: str) -> None:
-    check_model(model(mixer), None, torch.arange(2 * TOKENS).view(2, TOKENS) * 7 % 31)
+    check_model(model(mixer, "LN" if mixer == "gla" else "L"), None, torch.arange(2 * TOKENS).view(2, TOKENS) * 7 % 31)

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp import SequenceLayout, SequenceParallel
+from lasp.ops import softmax_attn
 from lasp.ops.linear import gla, linear_attn
+from lasp.parallel.sequence_parallel import SOFTMAX
 from tests.lasp.test_compile import afresh, check_model, compiled, model, results, step
 from tests.parallel.test_linear import OPS, inputs
 from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close
@@ -49,10 +51,22 @@ def test_a_rank_without_tokens(groups: Groups) -> None:
     assert_close(results(compiled(function), tensors), results(function, tensors), 1e-12)
 
 
+@pytest.mark.parametrize("softmax", SOFTMAX)
+def test_softmax(groups: Groups, softmax: str) -> None:
+    sp = SequenceParallel(groups[2], SequenceLayout.zigzag(TOKENS, 2, DOCUMENTS["packed"]), softmax=softmax)
+    x = Inputs(sp.rank, torch.float64)
+    tensors = {name: x.normal(1, sp.local_tokens, heads, 4) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+
+    def function(**tensors: Tensor) -> tuple[Tensor, ...]:
+        return (softmax_attn(**tensors, window=9, sp=sp),)
+
+    assert_close(results(compiled(function), tensors), results(function, tensors), 1e-12)
+
+
 def test_models(groups: Groups) -> None:
-    """Retention, whose positions within documents a graph has as a constant."""
+    """A hybrid whose positions within documents a graph has as a constant."""
     sp = SequenceParallel(groups[2], SequenceLayout.zigzag(TOKENS, 2, DOCUMENTS["packed"]))
-    check_model(model("retention"), sp, torch.arange(TOKENS).view(1, TOKENS) * 7 % 31)
+    check_model(model("retention", "LN"), sp, torch.arange(TOKENS).view(1, TOKENS) * 7 % 31)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["", "checkpointed"])
