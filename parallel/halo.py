@@ -7,58 +7,49 @@ starts in the middle of a document, those lie on another rank, or on several whe
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.kernels.convolution import Pieces
 from lasp.parallel.layout import SequenceLayout
-from lasp.parallel.sequence_parallel import SequenceParallel
 
 
 class Halo:
     """Which rows go where, for one rank: made once for a layout.
 
-    Every piece (the tokens of one document in one run) is preceded by `reach` rows: the tokens before it in its document,
-    or zeros where the document starts later than that.
+    Every piece (the tokens of one document in one run) is preceded by up to `reach` rows: the tokens before it in its
+    document, as many as there are. These rows of all pieces, one piece after the other, are the rank's halo. Some are copied
+    from the rank's own tokens, some come from other ranks.
 
     Attributes:
+        pieces: the rank's pieces and how many rows of the halo each has.
+        near: how many rows of the halo are tokens of the rank itself.
         sent: how many rows go to each rank.
         received: how many rows come from each rank.
         travels: whether any rank sends a row: otherwise none of them communicates.
     """
 
     def __init__(self, layout: SequenceLayout, rank: int, reach: int):
+        pieces = layout.pieces(rank)
+        self.pieces = Pieces([p.length for p in pieces], [min(reach, p.offset) for p in pieces], reach)
         owners = _Owners(layout)
         # For each rank, whom it asks for which of their tokens.
         asked = [_asked(layout, owners, asking, reach) for asking in range(layout.world_size)]
         self.travels = any(owner != asking for asking, wanted in enumerate(asked) for owner, _ in wanted)
+        near = [token for owner, token in asked[rank] if owner == rank]
         sent = [[token for owner, token in wanted if owner == rank] for wanted in asked]
         sent[rank] = []
-        came: list[list[tuple[int, int]]] = [
-            [(owner, token) for owner, token in asked[rank] if owner == source and source != rank]
-            for source in range(layout.world_size)
-        ]
-        self.sent, self.received = [len(rows) for rows in sent], [len(rows) for rows in came]
-
-        # The preceded rows are picked from: a row of zeros, the local tokens, what was received.
-        local = layout.local_tokens(rank)
-        arrived = {key: 1 + local + at for at, key in enumerate(key for rows in came for key in rows)}
-        source: list[int] = []
-        places: list[int] = []
-        needed = iter(asked[rank])
-        for piece in layout.pieces(rank):
-            before = min(reach, piece.offset)
-            source += [0] * (reach - before)
-            for _ in range(before):
-                key = next(needed)
-                source.append(1 + key[1] if key[0] == rank else arrived[key])
-            places += range(len(source), len(source) + piece.length)
-            source += range(1 + piece.start, 1 + piece.start + piece.length)
-        self.tables = (_index(source), _index([token for rows in sent for token in rows]), _index(places))
-        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self.near, self.sent = len(near), [len(rows) for rows in sent]
+        # Rows come sorted by rank, the rank's own first.
+        came = sorted(range(len(asked[rank])), key=lambda row: (asked[rank][row][0] != rank, asked[rank][row][0]))
+        self.received = [0] * layout.world_size
+        for owner, _ in asked[rank]:
+            self.received[owner] += owner != rank
+        order = sorted(range(len(came)), key=came.__getitem__)
+        self.tables = near + [token for rows in sent for token in rows], order, came
+        self._on: dict[torch.device, tuple[Tensor, ...]] = {}
 
     @classmethod
     def of(cls, layout: SequenceLayout, rank: int, reach: int) -> Halo:
@@ -66,45 +57,52 @@ class Halo:
         halo: Halo = layout.cached(("halo", rank, reach), lambda: cls(layout, rank, reach))
         return halo
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices on `device`: the source of each preceded row, the local tokens to send, the places of the local tokens."""
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Indices on `device`: the local tokens to copy and those to send; where each row of the halo is among those that
+        came, its own first; and the reverse."""
         if device not in self._on:
-            source, sent, places = (table.to(device) for table in self.tables)
-            self._on[device] = source, sent, places
+            self._on[device] = tuple(torch.tensor(rows, dtype=torch.long).to(device) for rows in self.tables)
         return self._on[device]
 
 
-def precede(x: Tensor, halo: Halo, sp: SequenceParallel) -> Tensor:
-    """Put before each piece of this rank the tokens that precede it, by one all-to-all where any of them travels.
+def bring(x: Tensor, halo: Halo, group: dist.ProcessGroup | None) -> Tensor:
+    """The halo's rows, by one all-to-all where any of them travels.
 
     Args:
         x: ``[B, T_local, D]``.
         halo: of this layout and rank.
-        sp: the ranks.
+        group: the ranks.
 
     Returns:
-        ``[B, T_local + reach · pieces, D]``; ``halo.on(device)[2]`` tells where the local tokens stand in it.
+        ``[B, halo.pieces.halo, D]``.
     """
-    source, sent, _ = halo.on(x.device)
-    parts = [x.new_zeros(x.shape[0], 1, x.shape[2]), x]
+    picked, order, _ = halo.on(x.device)
+    if not halo.travels:
+        return x.index_select(1, picked)
+    rows = x.index_select(1, picked).transpose(0, 1)
+    came = _all_to_all(rows[halo.near :], halo.sent, halo.received, group)
+    return torch.cat([rows[: halo.near], came]).index_select(0, order).transpose(0, 1)
+
+
+def take_back(dhalo: Tensor, dx: Tensor, halo: Halo, group: dist.ProcessGroup | None) -> None:
+    """Add the gradients of the halo's rows to those of the tokens that they are, on whichever ranks: `bring` in reverse.
+
+    Args:
+        dhalo: ``[B, halo.pieces.halo, D]``.
+        dx: ``[B, T_local, D]``, which they are added to.
+        halo: of this layout and rank.
+        group: the ranks.
+    """
+    picked, _, came = halo.on(dx.device)
     if halo.travels:
-        rows = x.index_select(1, sent).transpose(0, 1)
-        parts.append(_AllToAll.apply(rows, halo.sent, halo.received, sp.group).transpose(0, 1))
-    return torch.cat(parts, dim=1).index_select(1, source)
+        rows = dhalo.index_select(1, came).transpose(0, 1)
+        back = _all_to_all(rows[halo.near :], halo.received, halo.sent, group)
+        dhalo = torch.cat([rows[: halo.near], back]).transpose(0, 1)
+    if len(picked):
+        dx.index_add_(1, picked, dhalo)
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(rows, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(drows, ctx.received, ctx.sent, ctx.group), None, None, None
-
-
-def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
     came = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(came, rows.contiguous(), received, sent, group=group)
     return came
@@ -135,7 +133,3 @@ def _asked(layout: SequenceLayout, owners: _Owners, rank: int, reach: int) -> li
         first = layout.cu_seqlens[piece.document] + piece.offset
         asked += [owners(token) for token in range(first - min(reach, piece.offset), first)]
     return asked
-
-
-def _index(rows: Sequence[int]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long)

@@ -226,9 +226,8 @@ def backward(
         dhalo if halo.numel() else dx, sums, blocks, T, halo.shape[1], len(blocks),
         D=D, W=W, BIASED=bias is not None, SILU=silu, BLOCK=BLOCK, AHEAD=AHEAD, BD=channels, warps=warps,
     )  # fmt: skip
-    total = sums.sum((0, 1))
-    dbias = None if bias is None else total[W].to(bias.dtype)
-    return dx, dhalo, total[:W].t().to(weight.dtype), dbias
+    dweight = sums[:, :, :W].sum((0, 1)).t().to(weight.dtype).contiguous()
+    return dx, dhalo, dweight, None if bias is None else sums[:, :, W].sum((0, 1)).to(bias.dtype)
 
 
 def _tile(width: int, taps: int) -> tuple[int, int]:

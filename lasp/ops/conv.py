@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.ops.inputs import CuSeqlens, agree, check_axes, check_tokens, describe, needs_gradient, sequence_of
 from lasp.parallel import SequenceParallel
-from lasp.parallel.halo import Halo, precede
+from lasp.parallel.convolution import convolution
 
-#: The activations by name; both names are the field's.
-ACTIVATIONS = {None: lambda y: y, "silu": F.silu, "swish": F.silu}
+#: The activations by name; both names of the one are the field's.
+ACTIVATIONS = (None, "silu", "swish")
 
 
 def causal_conv1d(
@@ -57,22 +55,14 @@ def causal_conv1d(
             )
         check_tokens("causal_conv1d", x.shape[1], seq)
 
+    kinds = tuple(None if y is None else (y.shape, y.dtype) for y in (x, weight, bias))
     agree(
         seq,
-        f"causal_conv1d({describe(x=x)}, weight={list(weight.shape)}, activation={activation}, "
-        f"gradient={needs_gradient(x)})",
+        lambda: (
+            f"causal_conv1d({describe(x=x)}, weight={list(weight.shape)}, activation={activation}, "
+            f"gradient={needs_gradient(x)})"
+        ),
         check,
+        call=("causal_conv1d", kinds, activation, needs_gradient(x)),
     )
-    taps = weight.shape[1]
-    halo = Halo.of(seq.layout, seq.rank, taps - 1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows = precede(x, halo, seq)
-    # Tap j of every output at once: a slice of the preceded rows. The first outputs of a piece read only its halo.
-    count = max(0, rows.shape[1] - (taps - 1))
-    y = sum(rows[:, j : j + count].to(wide) * weight[:, j].to(wide) for j in range(taps))
-    assert isinstance(y, Tensor)
-    if bias is not None:
-        y = y + bias.to(wide)
-    y = ACTIVATIONS[activation](y)
-    # The output of the row at p is number p − (W−1).
-    return y.index_select(1, halo.on(x.device)[2] - (taps - 1)).to(x.dtype)
+    return convolution(x, weight, bias, activation is not None, seq)

@@ -87,6 +87,28 @@ def test_equals_the_definition_on_every_rank(
             assert_close(given, wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    ("taps", "name", "documents"),
+    [*((4, name, documents) for name in LAYOUTS for documents in DOCUMENTS), (26, "table", "packed")],
+)
+def test_triton(groups: Groups, monkeypatch: pytest.MonkeyPatch, taps: int, name: str, documents: str) -> None:
+    """Triton's kernels, in the interpreter, on every rank."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("lasp.kernels.triton.serves", lambda x: x.dtype != torch.float64)
+    sp = SequenceParallel(groups[4], LAYOUTS[name](TOKENS, 4, DOCUMENTS[documents]))
+    with poisoned_memory():
+        given, wanted = run(sp, documents, torch.float32, taps, "silu")
+    assert_close(given, wanted, 2e-6)
+
+
+def test_a_compiled_graph_exchanges_the_halo(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    sp = SequenceParallel(groups[4], LAYOUTS["table"](TOKENS, 4, DOCUMENTS["packed"]))
+    compiled = torch.compile(causal_conv1d, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr("tests.parallel.test_convolution.causal_conv1d", compiled)
+    given, wanted = run(sp, "packed", torch.float64, 4, "silu")
+    assert_close(given, wanted, TOLERANCE[torch.float64])
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("documents", DOCUMENTS)
 def test_a_changed_future_token_moves_nothing_earlier(groups: Groups, name: str, documents: str) -> None:
