@@ -80,7 +80,7 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         o, final, entering, run_entry = passes.forward(started, q, scale, final_state)
         ctx.recurrence, ctx.sp, ctx.scale, ctx.final_state = started.recurrence, started.sp, scale, final_state
-        tokens, kept = started.tokens, passes.keeps_states(entering.shape[1], k, v)
+        tokens, kept = started.tokens, passes.keeps_states(entering.nbytes, k, v)
         ctx.gates = len(gates)
         ctx.save_for_backward(
             q,

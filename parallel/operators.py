@@ -10,6 +10,7 @@ finish stays here, under a ticket that the graph hands from one to the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -163,12 +164,12 @@ def _linear_finish(
         # A compiler may have copied what start was given, and put something else in the copy's place since.
         started.tokens = started.recurrence.prepare(here, started.plan.segments)
     o, final, entering, run_entry = passes.forward(started, q, scale, final_state)
-    if passes.keeps_states(entering.shape[1], k, v):
+    if passes.keeps_states(entering.nbytes, k, v):
         states = entering
     elif run_entry is not None:
         states = run_entry
     else:
-        states = entering.new_zeros(_state_shape(here, len(started.sp.layout.runs_of(started.sp.rank))))
+        states = entering.new_zeros(_state_shape(here, _runs(started.sp)))
     return o.contiguous(), entering.new_empty(0) if final is None else final.contiguous(), states.contiguous()
 
 
@@ -186,14 +187,12 @@ def _(
     final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks, tokens = SequenceParallel.named(sp), Tokens(k, v)
-    n = _segments(ranks, recurrence)
-    if not passes.keeps_states(n, k, v):
-        n = len(ranks.layout.runs_of(ranks.rank))
+    states = _segments(ranks, recurrence) if _kept(ranks, recurrence, tokens) else _runs(ranks)
     final = _state_shape(tokens, ranks.num_documents) if final_state else (0,)
     return (
         v.new_empty(v.shape),
         k.new_empty(final, dtype=tokens.state_dtype),
-        k.new_empty(_state_shape(tokens, n), dtype=tokens.state_dtype),
+        k.new_empty(_state_shape(tokens, states), dtype=tokens.state_dtype),
     )
 
 
@@ -220,8 +219,7 @@ def _linear_backward(
     """The gradients of q, k, v, of the initial states if there are any, and of the gates if `gated`."""
     job, ranks, given = _recurrences[recurrence], SequenceParallel.named(sp), tuple(gates)
     tokens = job.prepare(Tokens(k, v, given), passes.Plan.of(ranks.layout, ranks.rank, job.segment_size).segments)
-    kept = passes.keeps_states(_segments(ranks, recurrence), k, v)
-    entering, run_entry = (states, None) if kept else (None, states)
+    entering, run_entry = (states, None) if _kept(ranks, recurrence, tokens) else (None, states)
     grads = passes.backward(job, ranks, q, tokens, given, initial_state, entering, run_entry, do, dfinal, scale, gated)
     found = (grads.q, grads.k, grads.v, *(() if grads.initial_state is None else (grads.initial_state,)))
     return [x.contiguous() for x in (*found, *(grads.gates if gated else ()))]
@@ -294,6 +292,16 @@ def _segments(sp: SequenceParallel, recurrence: str) -> int:
     """Into how many segments this rank's tokens are cut."""
     size = _recurrences[recurrence].segment_size
     return sum(-(-piece.length // size) for piece in sp.layout.pieces(sp.rank))
+
+
+def _runs(sp: SequenceParallel) -> int:
+    return len(sp.layout.runs_of(sp.rank))
+
+
+def _kept(sp: SequenceParallel, recurrence: str, tokens: Tokens) -> bool:
+    """Whether `linear_finish` hands the segments' states on, or the runs'."""
+    size = math.prod(_state_shape(tokens, _segments(sp, recurrence))) * tokens.state_dtype.itemsize
+    return passes.keeps_states(size, tokens.k, tokens.v)
 
 
 def _state_shape(tokens: Tokens, states: int) -> tuple[int, ...]:

@@ -65,14 +65,12 @@ def start(recurrence: Recurrence, tokens: Tokens, initial_state: Tensor | None, 
     return Started(recurrence, sp, plan, prepared, maps, before, states)
 
 
-def keeps_states(segments: int, k: Tensor, v: Tensor) -> bool:
-    """Whether the backward gets every segment's state, or makes them again from those that entered the runs.
+def keeps_states(size: int, k: Tensor, v: Tensor) -> bool:
+    """Whether the backward gets every segment's state, of `size` bytes in all, or makes them again from the runs'.
 
     Few and long segments: their states are kept. Many short ones: they would be more than the tokens.
     """
-    B, _, H, K = k.shape
-    size = Tokens(k, v).state_dtype.itemsize
-    return B * segments * H * K * v.shape[-1] * size <= (k.numel() + v.numel()) * k.element_size()
+    return size <= k.numel() * k.element_size() + v.numel() * v.element_size()
 
 
 def forward(

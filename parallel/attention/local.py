@@ -9,8 +9,6 @@ q is ``[B, Tq, H, D]``; k and v are ``[B, Tk, Hk, D]``, where Hk divides H; log-
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -149,22 +147,11 @@ def _flex_backward(
     ``dlse_i = w_i do · (o_i − o)``.
     """
     leaves = q, k, v = [x.detach().requires_grad_() for x in (q, k, v)]
-    with _recording():
+    with torch.enable_grad():
         o_i, lse_i = _flex(q, k, v, mask, scale)
     base = lse.masked_fill(lse == -torch.inf, 0)
     weight = (lse_i.detach() - base).exp()
     dlse = weight * (do * (o_i.detach() - o)).to(weight.dtype).sum(-1).transpose(1, 2)
     do_i = (do * weight.transpose(1, 2).unsqueeze(-1)).to(o_i.dtype)
-    with _recording():
-        dq, dk, dv = torch.autograd.grad([o_i, lse_i], leaves, [do_i, dlse.to(lse_i.dtype)])
+    dq, dk, dv = torch.autograd.grad([o_i, lse_i], leaves, [do_i, dlse.to(lse_i.dtype)])
     return dq, dk, dv
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Gradients are recorded, also inside an operator, where the dispatcher leaves autograd out."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
-        excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        yield

@@ -8,6 +8,8 @@ As in `lasp.parallel.operators`, a graph names the ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, low: int, h
     return o
 
 
+@contextmanager
+def _as_outside() -> Iterator[None]:
+    """Inside an operator the dispatcher leaves autograd out; FlexAttention needs it there, for its backward and its masks."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.no_grad():
+        yield
+
+
 @torch.library.custom_op(
     "lasp::softmax",
     mutates_args=(),
@@ -33,7 +45,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, low: int, h
 def _softmax(q: Tensor, k: Tensor, v: Tensor, sp: str, low: int, high: int, scale: float) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp ``[B, H, T]``."""
     ranks = SequenceParallel.named(sp)
-    o, lse = way(ranks).forward(q, k, v, ranks, Reach(low, high), scale)
+    with _as_outside():
+        o, lse = way(ranks).forward(q, k, v, ranks, Reach(low, high), scale)
     return o.contiguous(), lse.to(wide(q.dtype)).contiguous()
 
 
@@ -62,7 +75,8 @@ def _softmax_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks = SequenceParallel.named(sp)
-    dq, dk, dv = way(ranks).backward(do, o, lse, q, k, v, ranks, Reach(low, high), scale)
+    with _as_outside():
+        dq, dk, dv = way(ranks).backward(do, o, lse, q, k, v, ranks, Reach(low, high), scale)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
