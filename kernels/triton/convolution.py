@@ -19,7 +19,7 @@ from lasp.kernels.triton.launch import Kernel, ready
 
 #: How many tokens of a piece are one block, and how many of them are read before they are used.
 BLOCK, AHEAD = 32, 4
-#: The most taps that a program holds.
+#: The most taps that a program holds, and that do not reach over a whole block.
 MOST_TAPS = 32
 #: By the number of taps, how many channels a thread has: the last W − 1 rows of them fit into its registers.
 CHANNELS = {4: 4, 8: 2, MOST_TAPS: 1}
@@ -173,12 +173,12 @@ def convolution_backward(
                     mask=inside & (back >= first) & (back < stop),
                 )
                 if back < start:
-                    # Only the first block of a piece comes here, in its first steps.
+                    # A block has no fewer than W − 1 tokens or is its piece's last: only a piece's first comes here.
                     halo_row = halo_end + back - start
                     tl.store(
                         dhalo + halo_row * D + channel,
                         total.to(dhalo.dtype.element_ty),
-                        mask=inside & (first == start) & (halo_row >= halo_end - before),
+                        mask=inside & (halo_row >= halo_end - before),
                     )
             seen = seen[AHEAD:]
             slopes = slopes[AHEAD:]

@@ -26,5 +26,4 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """x: ``[B, T, D]``."""
-        # Autocast leaves the weight in float32 where a projection's output is bfloat16.
-        return causal_conv1d(x, self.weight.to(x.dtype), activation=self.activation, cu_seqlens=cu_seqlens, sp=sp)
+        return causal_conv1d(x, self.weight, activation=self.activation, cu_seqlens=cu_seqlens, sp=sp)
