@@ -189,12 +189,12 @@ def attend(
     start = tl.load(S + at, mask=(down < DC)[:, None] & (right < DA)[None, :], other=0.0)
     x_out += block * tl.num_programs(0).to(tl.int64) * T
     _attend(
-        bh, segment, block, start, a, b, c, out, g, G, x, x_out, S_marks, x_out, bounds, marks, scale, T, H,
+        bh, segment, block, start, a, b, c, out, g, G, x, x_out, S_marks, bounds, marks, scale, T, H,
         DA, DC, BA, BC, C, DECAY, False, EXACT, GATED, MARK, STAGES, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "H", "n", "count"])
+@triton.jit(do_not_specialize=["T", "H", "n"])
 def attend_back(
     q,
     k,
@@ -206,10 +206,9 @@ def attend_back(
     G,
     dS,
     S,
-    S_marks,
     k_dk,
     S_dS,
-    marks_dS,
+    dS_marks,
     bounds,
     marks,
     scale,
@@ -217,7 +216,6 @@ def attend_back(
     T,
     H,
     n,
-    count,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -234,8 +232,8 @@ def attend_back(
 ):
     """dv, dk, or both where K = V. Grid: (roles · blocks of BLOCK columns, B · H, segments).
 
-    GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, and the products of states with their gradients: of those
-    that enter the segments ``S_dS: [blocks, B, H, n]``, of those of S_marks ``marks_dS: [blocks, B, H, marks]``.
+    GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, the products of the states that enter the segments
+    with their gradients, ``S_dS: [blocks, B, H, n]``, and the gradients of the states every MARK tokens, as `attend`'s.
     """
     bh = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -247,8 +245,8 @@ def attend_back(
         )  # fmt: skip
     elif ROLE == "dk":
         _key_gradient(
-            bh, segment, tl.program_id(0), place, q, k, v, do, dk, g, G, dS, S, S_marks, k_dk, S_dS, marks_dS, bounds,
-            marks, scale, unscale, T, H, n, count, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, MARK, STAGES, PRECISION,
+            bh, segment, tl.program_id(0), place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, dS_marks, bounds,
+            marks, scale, unscale, T, H, n, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, MARK, STAGES, PRECISION,
         )  # fmt: skip
     else:
         # Neighbours on the grid read the same four tensors.
@@ -259,8 +257,8 @@ def attend_back(
             )  # fmt: skip
         else:
             _key_gradient(
-                bh, segment, tl.program_id(0) // 2, place, q, k, v, do, dk, g, G, dS, S, S_marks, k_dk, S_dS, marks_dS,
-                bounds, marks, scale, unscale, T, H, n, count, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, MARK, STAGES,
+                bh, segment, tl.program_id(0) // 2, place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, dS_marks,
+                bounds, marks, scale, unscale, T, H, n, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, MARK, STAGES,
                 PRECISION,
             )  # fmt: skip
 
@@ -276,15 +274,15 @@ def _value_gradient(
     mask = (down < V)[:, None] & (right < K)[None, :]
     end = tl.load(dS + place + down[:, None] + right[None, :] * V, mask=mask, other=0.0) * unscale
     _attend(
-        bh, segment, block, end, k, q, do, dv, g, G, do, do, dS, do, bounds, bounds, scale, T, H,
+        bh, segment, block, end, k, q, do, dv, g, G, do, do, dS, bounds, bounds, scale, T, H,
         K, V, BK, BLOCK, C, DECAY, True, EXACT, False, C, STAGES, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def _key_gradient(
-    bh, segment, block, place, q, k, v, do, dk, g, G, dS, S, S_marks, k_dk, S_dS, marks_dS, bounds, marks, scale, unscale,
-    T, H, n, count, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
+    bh, segment, block, place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, dS_marks, bounds, marks, scale, unscale,
+    T, H, n, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, MARK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -295,8 +293,8 @@ def _key_gradient(
     end = tl.load(dS + at, mask=mask, other=0.0) * unscale
     programs = tl.num_programs(1).to(tl.int64)
     start = _attend(
-        bh, segment, block, end, v, do, q, dk, g, G, k, k_dk + block * programs * T, S_marks,
-        marks_dS + (block * programs + bh) * count, bounds, marks, scale, T, H,
+        bh, segment, block, end, v, do, q, dk, g, G, k, k_dk + block * programs * T, dS_marks,
+        bounds, marks, scale, T, H,
         V, K, BV, BLOCK, C, DECAY, True, EXACT, GATED, MARK, STAGES, PRECISION,
     )  # fmt: skip
     if GATED:
@@ -306,7 +304,7 @@ def _key_gradient(
 
 @triton.jit
 def _attend(
-    bh, segment, block, S, a, b, c, out, g, G, x, x_out, S_marks, marks_dS, bounds, marks, scale, T, H,
+    bh, segment, block, S, a, b, c, out, g, G, x, x_out, S_marks, bounds, marks, scale, T, H,
     DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     REVERSE: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, MARK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -323,12 +321,11 @@ def _attend(
     Os = tokens_of(out, first, length, H, DC, C, BC)
     if GATED:
         Xs = tokens_of(x, first, length, H, DC, C, BC)
-        first_mark = tl.load(marks + segment)
         per_mark = tl.num_programs(1 if REVERSE else 0).to(tl.int64) * (DA * DC)
         down = block * BC + tl.arange(0, BC)
         right = tl.arange(0, BA)
         inside = (down < DC)[:, None] & (right < DA)[None, :]
-        own_marks = S_marks + first_mark * per_mark + bh * (DA * DC) + down[:, None] * DA + right[None, :]
+        own_marks = S_marks + tl.load(marks + segment) * per_mark + bh * (DA * DC) + down[:, None] * DA + right[None, :]
     STATE: tl.constexpr = "tf32x3" if GATED and PRECISION == "tf32" else PRECISION
     rows = tl.arange(0, C)
     if GATED and EXACT:
@@ -349,14 +346,9 @@ def _attend(
         t = (count - 1 - i) * C if REVERSE else i * C
         if GATED:
             edge = t + C if REVERSE else t
-            mark = edge // MARK - 1
             marked = (edge % MARK == 0) & (edge > 0) & (edge < length)
-            if REVERSE:
-                if marked:
-                    known = tl.load(own_marks + mark * per_mark, mask=inside, other=0.0).to(tl.float32)
-                    tl.store(marks_dS + first_mark + mark, tl.sum(known * S) * scale)
-            else:
-                tl.store(own_marks + mark * per_mark, S.to(S_marks.dtype.element_ty), mask=inside & marked)
+            mark = own_marks + (edge // MARK - 1) * per_mark
+            tl.store(mark, S.to(S_marks.dtype.element_ty), mask=inside & marked)
         ta = tl.trans(As.load([t, 0]))
         tb = Bs.load([t, 0])
         tc = tl.trans(Cs.load([t, block * BC]))
@@ -413,7 +405,19 @@ def _attend(
     return S
 
 
-@triton.jit(do_not_specialize=["T", "H", "n", "count", "blocks"])
+@triton.jit
+def multiply_marks(S_marks, dS_marks, S_dS, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """``S_dS: [marks · B · H]``: the products of states of SIZE numbers with their gradients. Grid: (marks · B · H)."""
+    state = tl.program_id(0).to(tl.int64)
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, SIZE, BLOCK):
+        cell = first + tl.arange(0, BLOCK)
+        x = tl.load(S_marks + state * SIZE + cell, mask=cell < SIZE, other=0.0).to(tl.float32)
+        sums += x * tl.load(dS_marks + state * SIZE + cell, mask=cell < SIZE, other=0.0).to(tl.float32)
+    tl.store(S_dS + state, tl.sum(sums))
+
+
+@triton.jit(do_not_specialize=["T", "H", "n", "blocks"])
 def gate_gradient(
     dg,
     q_dq,
@@ -425,8 +429,8 @@ def gate_gradient(
     T,
     H,
     n,
-    count,
     blocks,
+    scale,
     DECAY: tl.constexpr,
     MARK: tl.constexpr,
 ):
@@ -455,7 +459,6 @@ def gate_gradient(
         # What changes between a token and the one before it: a sum that left the token itself out by subtraction would
         # keep the digits of the state's final gradient, and lose those of a strong decay.
         change = tl.zeros([MARK], dtype=tl.float32)
-        known = tl.zeros([], dtype=tl.float32)
         following = tl.zeros([], dtype=tl.float32)
         for block in range(blocks):
             at = (block * all + bh) * T + t
@@ -464,10 +467,9 @@ def gate_gradient(
             change -= tl.load(q_dq + at + rows - 1, mask=inner, other=0.0)
             following -= tl.load(k_dk + at + MARK - 1, mask=further, other=0.0)
             following += tl.load(q_dq + at + MARK - 1, mask=further, other=0.0)
-            own_marks = marks_dS + (block * all + bh) * count + first_mark + mark
-            known += tl.load(own_marks - 1, mask=mark > 0, other=0.0)
-            following += tl.load(own_marks, mask=further, other=0.0)
-        known = tl.where(mark > 0, known, at_start)
+        own_mark = marks_dS + (first_mark + mark) * all + bh
+        following += tl.load(own_mark, mask=further, other=0.0) * scale
+        known = tl.where(mark > 0, tl.load(own_mark - all, mask=mark > 0, other=0.0) * scale, at_start)
         missed = tl.where(further, following - known - tl.sum(change), 0.0)
         here = known + tl.cumsum(change, 0) + missed * rows / MARK
         if DECAY == CONSTANT:

@@ -36,19 +36,6 @@ _LEAST: tl.constexpr = tl.constexpr(-25.0)
 _FARTHEST: tl.constexpr = tl.constexpr(100.0)
 
 
-@triton.jit
-def _apart(t, C: tl.constexpr, REVERSE: tl.constexpr):
-    """Which halving parts two tokens of the chunk at t: below `NEAR` none, below ``2 · NEAR`` the last, and so on.
-
-    ``[C, C]``; ``2 · C`` where the column's token comes after the row's (REVERSE: before), or is the same. It depends on t
-    for the compiler's sake, which would otherwise keep masks in registers from chunk to chunk.
-    """
-    row = (t + tl.arange(0, C))[:, None]
-    column = (t + tl.arange(0, C))[None, :]
-    seen = row < column if REVERSE else row > column
-    return tl.where(seen, row ^ column, 2 * C)
-
-
 @triton.jit(do_not_specialize=["T", "H"])
 def cumulate_keys(g, G, bounds, T, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
     """``G: [B, T, H, K]``: the running sum of g from the start of each chunk of C tokens, in powers of two, float32.
@@ -81,17 +68,24 @@ def _whole(G, valid, heads, columns, D: tl.constexpr):
 
 
 @triton.jit
+def _middle(rows, BLOCK: tl.constexpr):
+    """The last token before the middle of each token's block of BLOCK tokens."""
+    return rows // BLOCK * BLOCK + BLOCK // 2 - 1
+
+
+@triton.jit
 def _between_halves(sums, G, rows, valid, heads, columns, D: tl.constexpr, SIZE: tl.constexpr):
     """The factor of each token to the middle of its block of 2 · SIZE tokens, before which or after which it stands."""
-    middle = rows // (2 * SIZE) * (2 * SIZE) + SIZE - 1
-    return tl.exp2(-tl.abs(sums - _sums_at(G, middle, valid, heads, columns, D)))
+    return tl.exp2(-tl.abs(sums - _sums_at(G, _middle(rows, 2 * SIZE), valid, heads, columns, D)))
 
 
 @triton.jit
 def _near(sums, G, rows, valid, heads, columns, D: tl.constexpr):
-    """The sum between the middle of each token's `NEAR` tokens and the token, in powers of two."""
-    middle = rows // NEAR * NEAR + NEAR // 2 - 1
-    apart = sums - _sums_at(G, middle, valid, heads, columns, D)
+    """The sum between the middle of each token's `NEAR` tokens and the token, in powers of two.
+
+    Beyond a segment's end it is bounded, and of no account.
+    """
+    apart = sums - _sums_at(G, _middle(rows, NEAR), valid, heads, columns, D)
     return tl.minimum(tl.maximum(apart, -_FARTHEST), _FARTHEST)
 
 
@@ -172,6 +166,7 @@ def pair_up(
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """``P: [B, T, H, C]``: the decayed products of each token's query with the keys of its chunk, 0 after the token.
 
@@ -187,12 +182,11 @@ def pair_up(
     gs = tokens_of(G, first, length, H, K, C, BK)
     ps = tokens_of(P, first, length, H, C, C, C)
     rows = tl.arange(0, C)
+    seen = rows[:, None] >= rows[None, :]
     for t in range(tl.program_id(2) * C, length, tl.num_programs(2) * C):
         valid = tl.minimum(length - t, C)
         here = G + (first + t * H) * K
-        apart = _apart(t, C, False)
         p = tl.zeros([C, C], dtype=tl.float32)
-        itself = tl.zeros([C], dtype=tl.float32)
         for column in range(0, K, BK):
             columns = column + tl.arange(0, BK)
             tq = qs.load([t, column]).to(tl.float32)
@@ -200,103 +194,12 @@ def pair_up(
             sums = gs.load([t, column])
             within = _near(sums, here, rows, valid, H, columns, K)
             near = product(tq * tl.exp2(within), tl.trans(tk * tl.exp2(-within)), PRECISION)
-            p += tl.where(apart < NEAR, near, 0.0)
-            itself += tl.sum(tq * tk, 1)
+            p += tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), near, 0.0)
             for level in tl.static_range(LEVELS):
                 meet = _between_halves(sums, here, rows, valid, H, columns, K, NEAR << level)
-                far = product(tq * meet, tl.trans(tk * meet), PRECISION)
-                p += tl.where((apart >= NEAR << level) & (apart < 2 * NEAR << level), far, 0.0)
-        p = tl.where(rows[:, None] == rows[None, :], itself[:, None], p)
-        ps.store([t, 0], p.to(P.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["T", "H"])
-def pair_up_back(
-    q,
-    k,
-    v,
-    do,
-    G,
-    P,
-    dq,
-    dk,
-    partner,
-    bounds,
-    scale,
-    T,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    LEVELS: tl.constexpr,
-    GATED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`pair_up`'s P, and what the tokens of a chunk give to each other's dq and dk. Grid: as `pair_up`.
-
-    GATED: also ``partner: [B, T, H, K]`` = q ⊙ dq − k ⊙ dk of that in float32, but for what a token gives to itself: that
-    decays by nothing, and would drown the rest.
-    """
-    bh = tl.program_id(0).to(tl.int64)
-    start = tl.load(bounds + tl.program_id(1))
-    length = (tl.load(bounds + tl.program_id(1) + 1) - start).to(tl.int32)
-    first = ((bh // H) * T + start) * H + bh % H
-    qs = tokens_of(q, first, length, H, K, C, BK)
-    ks = tokens_of(k, first, length, H, K, C, BK)
-    gs = tokens_of(G, first, length, H, K, C, BK)
-    vs = tokens_of(v, first, length, H, V, C, BV)
-    dos = tokens_of(do, first, length, H, V, C, BV)
-    ps = tokens_of(P, first, length, H, C, C, C)
-    dqs = tokens_of(dq, first, length, H, K, C, BK)
-    dks = tokens_of(dk, first, length, H, K, C, BK)
-    if GATED:
-        partners = tokens_of(partner, first, length, H, K, C, BK)
-    rows = tl.arange(0, C)
-    for t in range(tl.program_id(2) * C, length, tl.num_programs(2) * C):
-        valid = tl.minimum(length - t, C)
-        here = G + (first + t * H) * K
-        apart = _apart(t, C, False)
-        apart_back = _apart(t, C, True)
-        # Both ways: a product takes no transposed product.
-        dp = tl.zeros([C, C], dtype=tl.float32)
-        dp_back = tl.zeros([C, C], dtype=tl.float32)
-        own = tl.zeros([C], dtype=tl.float32)
-        for column in range(0, V, BV):
-            tv = vs.load([t, column])
-            tdo = dos.load([t, column])
-            dp = add_product(dp, tdo, tl.trans(tv), PRECISION)
-            dp_back = add_product(dp_back, tv, tl.trans(tdo), PRECISION)
-            own += tl.sum(tv.to(tl.float32) * tdo.to(tl.float32), 1)
-        p = tl.zeros([C, C], dtype=tl.float32)
-        itself = tl.zeros([C], dtype=tl.float32)
-        for column in range(0, K, BK):
-            columns = column + tl.arange(0, BK)
-            tq = qs.load([t, column]).to(tl.float32)
-            tk = ks.load([t, column]).to(tl.float32)
-            sums = gs.load([t, column])
-            itself += tl.sum(tq * tk, 1)
-            within = tl.exp2(_near(sums, here, rows, valid, H, columns, K))
-            before = 1 / within
-            tq_near, tk_near = tq * within, tk * before
-            p += tl.where(apart < NEAR, product(tq_near, tl.trans(tk_near), PAIRS), 0.0)
-            to_q = within * product(tl.where(apart < NEAR, dp, 0.0), tk_near, PRECISION)
-            to_k = before * product(tl.where(apart_back < NEAR, dp_back, 0.0), tq_near, PRECISION)
-            for level in tl.static_range(LEVELS):
-                meet = _between_halves(sums, here, rows, valid, H, columns, K, NEAR << level)
-                tq_far, tk_far = tq * meet, tk * meet
-                far = (apart >= NEAR << level) & (apart < 2 * NEAR << level)
-                far_back = (apart_back >= NEAR << level) & (apart_back < 2 * NEAR << level)
-                p += tl.where(far, product(tq_far, tl.trans(tk_far), PAIRS), 0.0)
-                to_q += meet * product(tl.where(far, dp, 0.0), tk_far, PRECISION)
-                to_k += meet * product(tl.where(far_back, dp_back, 0.0), tq_far, PRECISION)
-            if GATED:
-                partners.store([t, column], (tq * to_q - tk * to_k) * scale)
-            dqs.store([t, column], ((to_q + tk * own[:, None]) * scale).to(dq.dtype.element_ty))
-            dks.store([t, column], ((to_k + tq * own[:, None]) * scale).to(dk.dtype.element_ty))
-        p = tl.where(rows[:, None] == rows[None, :], itself[:, None], p)
+                far = product(tq * meet, tl.trans(tk * meet), FAR)
+                parts = (rows[:, None] ^ rows[None, :]) // (NEAR << level) == 1
+                p += tl.where(seen & parts, far, 0.0)
         ps.store([t, 0], p.to(P.dtype.element_ty))
 
 
@@ -371,6 +274,16 @@ def attend_along_keys(
         state = add_product(state, tc, tb.to(tl.float32) * tl.exp2(leave), PRECISION)
 
 
+@triton.jit
+def _split_product(sum, x, y, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """``sum + x @ y`` with x in float32; SPLIT: what bfloat16 leaves of x counts too."""
+    if SPLIT and PRECISION == "bf16":
+        high = x.to(tl.bfloat16)
+        sum = add_product(sum, x - high.to(tl.float32), y, PRECISION)
+        return add_product(sum, high, y, PRECISION)
+    return add_product(sum, x, y, PRECISION)
+
+
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def attend_across_keys(
     a,
@@ -381,11 +294,9 @@ def attend_across_keys(
     G,
     S,
     S_exit,
-    S_marks,
     partner,
     dg,
     bounds,
-    marks,
     scale,
     unscale,
     T,
@@ -396,21 +307,23 @@ def attend_across_keys(
     BA: tl.constexpr,
     BC: tl.constexpr,
     C: tl.constexpr,
+    SUMMED: tl.constexpr,
     REVERSE: tl.constexpr,
     GATED: tl.constexpr,
-    MARK: tl.constexpr,
+    LEVELS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds to dq, or REVERSE dk, what comes from the states ``S: [B, n, H, DC, DA]`` at the segments' starts, or ends.
+    """dq, or REVERSE dk, from the states ``S: [B, n, H, DC, DA]`` at the segments' starts, or ends. Grid: (B · H, segments,
+    blocks of BC columns).
 
-    Grid: (B · H, segments, blocks of BC columns). out holds `pair_up_back`'s part.
+    G starts anew every SUMMED tokens, a multiple of C.
 
-    GATED: dq also adds its q ⊙ dq to partner, and leaves the states at the segments' ends and every MARK tokens. dk makes of
-    them ``dg: [B, T, H, DC]``, which may be partner's memory. A gate at t decays what goes from tokens before t, or the
-    entering state, to tokens from t on, or the leaving state. Where the state is known that is its product with its gradient;
-    from there to the start each token adds what ends at it and takes away what starts from it:
-    ``dg_t = dg_{t+1} + q_t ⊙ dq_t − k_t ⊙ dk_t``.
+    GATED: dq also leaves ``partner: [B, T, H, DC]`` = q ⊙ dq in float32, but for what a token gave to itself, and the states
+    at the segments' ends in S_exit; dk makes of them ``dg: [B, T, H, DC]``, which may be the same memory. A gate at t decays
+    what goes from tokens before t, or the entering state, to tokens from t on, or the leaving state. At the segment's end
+    that is the leaving state's product with its gradient; each token then adds what ends at it and takes away what starts
+    from it: ``dg_t = dg_{t+1} + q_t ⊙ dq_t − k_t ⊙ dk_t``.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -428,54 +341,63 @@ def attend_across_keys(
         xs = tokens_of(x, first, length, H, DC, C, BC)
         partners = tokens_of(partner, first, length, H, DC, C, BC)
 
-    # The state stands transposed, [BA, BC], to be the right factor of its product as it is.
-    down = tl.arange(0, BA)
-    across = block * BC + tl.arange(0, BC)
-    inside = (down < DA)[:, None] & (across < DC)[None, :]
-    cell = down[:, None] + across[None, :] * DA
-    at = ((batch * n + segment) * H + head) * (DA * DC) + cell
-    state = tl.load(S + at, mask=inside, other=0.0) * unscale
-    if GATED:
-        # Marks are stored as [marks, B, H, DC, DA].
-        per_mark = tl.num_programs(0).to(tl.int64) * (DA * DC)
-        own_marks = S_marks + tl.load(marks + segment) * per_mark + bh * (DA * DC)
-        if REVERSE:
-            dgs = tokens_of(dg, first, length, H, DC, C, BC)
-            passing = tl.sum(tl.load(S_exit + at, mask=inside, other=0.0) * state, 0) * scale
+    down = block * BC + tl.arange(0, BC)
+    right = tl.arange(0, BA)
+    mask = (down < DC)[:, None] & (right < DA)[None, :]
+    at = ((batch * n + segment) * H + head) * (DA * DC) + down[:, None] * DA + right[None, :]
+    state = tl.load(S + at, mask=mask, other=0.0) * unscale
+    if GATED and REVERSE:
+        dgs = tokens_of(dg, first, length, H, DC, C, BC)
+        passing = tl.sum(tl.load(S_exit + at, mask=mask, other=0.0) * state, 1) * scale
+    rows = tl.arange(0, C)
+    seen = rows[:, None] > rows[None, :] if REVERSE else rows[:, None] < rows[None, :]
+    itself = rows[:, None] == rows[None, :]
+    nothing = tl.zeros([BC, C], dtype=tl.float32)
     count = tl.cdiv(length, C)
     for i in tl.range(0, count, num_stages=STAGES):
         t = (count - 1 - i) * C if REVERSE else i * C
-        if GATED:
-            edge = t + C if REVERSE else t
-            marked = (edge % MARK == 0) & (edge > 0) & (edge < length)
-            mark = own_marks + (edge // MARK - 1) * per_mark + cell
-            if REVERSE:
-                if marked:
-                    passing = tl.sum(tl.load(mark, mask=inside, other=0.0).to(tl.float32) * state, 0) * scale
-            else:
-                if marked:
-                    tl.store(mark, state.to(S_marks.dtype.element_ty), mask=inside)
-        ta = as_.load([t, 0])
+        valid = tl.minimum(length - t, C)
+        here = G + (first + t * H) * DC
+        ta = tl.trans(as_.load([t, 0]))
         tb = bs.load([t, 0])
-        tc = cs.load([t, block * BC])
+        tc = cs.load([t, block * BC]).to(tl.float32)
         sums = gs.load([t, block * BC])
-        whole = _whole(G + (first + t * H) * DC, tl.minimum(length - t, C), H, across, DC)
-        enter, leave = sums, whole[None, :] - sums
+        # This chunk may be a later part of what G sums over.
+        base = tl.load(here - H * DC + down, mask=(down < DC) & (t % SUMMED > 0), other=0.0)
+        whole = _whole(here, valid, H, down, DC) - base
+        enter = tl.minimum(sums - base[None, :], 0.0)
+        leave = whole[None, :] - enter
         if REVERSE:
             enter, leave = leave, enter
-        o = product(ta, state, PRECISION) * tl.exp2(enter) * scale
+
+        p = product(tb, ta, PRECISION)
+        # What a token gives to itself decays by nothing; added last, it does not drown what the gates' gradient needs.
+        own = tl.sum(tl.where(itself, p, 0.0), 0)
+        o = tl.trans(tl.exp2(enter)) * _split_product(nothing, state, ta, GATED, PRECISION)
+        within = _near(sums, here, rows, valid, H, down, DC)
+        if REVERSE:
+            within = -within
+        columns = tl.trans(tc * tl.exp2(-within))
+        near = tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), p, 0.0)
+        o += tl.trans(tl.exp2(within)) * _split_product(nothing, columns, near, GATED, PRECISION)
+        for level in tl.static_range(LEVELS):
+            meet = _between_halves(sums, here, rows, valid, H, down, DC, NEAR << level)
+            parts = (rows[:, None] ^ rows[None, :]) // (NEAR << level) == 1
+            far = tl.where(seen & parts, p, 0.0)
+            o += tl.trans(meet) * _split_product(nothing, tl.trans(tc * meet), far, GATED, PRECISION)
+
         if GATED:
-            with_x = xs.load([t, block * BC]).to(tl.float32) * o
+            with_x = tl.trans(xs.load([t, block * BC])).to(tl.float32) * o * scale
             if REVERSE:
-                change = partners.load([t, block * BC]) - with_x
-                gradient = passing[None, :] + tl.cumsum(change, 0, reverse=True)
-                dgs.store([t, block * BC], gradient.to(dg.dtype.element_ty))
-                passing += tl.sum(change, 0)
+                change = tl.trans(partners.load([t, block * BC])) - with_x
+                gradient = passing[:, None] + tl.cumsum(change, 1, reverse=True)
+                dgs.store([t, block * BC], tl.trans(gradient.to(dg.dtype.element_ty)))
+                passing += tl.sum(change, 1)
             else:
-                partners.store([t, block * BC], partners.load([t, block * BC]) + with_x)
-        o += outs.load([t, block * BC]).to(tl.float32)
-        outs.store([t, block * BC], o.to(out.dtype.element_ty))
-        state *= tl.exp2(whole)[None, :]
-        state = add_product(state, tl.trans(tb), tc.to(tl.float32) * tl.exp2(leave), PRECISION)
+                partners.store([t, block * BC], tl.trans(with_x))
+        o += tl.trans(tc) * own[None, :]
+        outs.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))
+        state *= tl.exp2(whole)[:, None]
+        state = _split_product(state, tl.trans(tc * tl.exp2(leave)), tb, GATED, PRECISION)
     if GATED and not REVERSE:
-        tl.store(S_exit + at, state, mask=inside)
+        tl.store(S_exit + at, state, mask=mask)

@@ -12,23 +12,24 @@ from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton import head_decay, key_decay
 from lasp.kernels.triton.launch import Kernel, ready
-from lasp.kernels.triton.tiling import MARK, column_tiles, key_tiles, padded, processors, segment_size, tiles
+from lasp.kernels.triton.tiling import MARK, column_tiles, key_tiles, processors, segment_size, tiles
 
 _NONE, _CONSTANT, _BY_TOKEN = (kind.value for kind in (head_decay.NONE, head_decay.CONSTANT, head_decay.BY_TOKEN))
 #: How products are computed for the dtypes that the kernels take.
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 #: And those of queries and keys that were decayed each for itself, and have more digits for it.
+FAR = dict(PRECISION)
 PAIRS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
 
 cumulate = Kernel(head_decay.cumulate)
 summarise = Kernel(head_decay.summarise)
 attend = Kernel(head_decay.attend)
 attend_back = Kernel(head_decay.attend_back)
+multiply_marks = Kernel(head_decay.multiply_marks)
 gate_gradient = Kernel(head_decay.gate_gradient)
 cumulate_keys = Kernel(key_decay.cumulate_keys)
 summarise_keys = Kernel(key_decay.summarise_keys)
 pair_up = Kernel(key_decay.pair_up)
-pair_up_back = Kernel(key_decay.pair_up_back)
 attend_along_keys = Kernel(key_decay.attend_along_keys)
 attend_across_keys = Kernel(key_decay.attend_across_keys)
 
@@ -114,19 +115,18 @@ class TritonHeadDecay(Recurrence):
         bounds = segments.bounds(k.device)
         kind, g, G = self._decay(tokens)
         for_v, for_k = tiles(K, V, k.dtype), tiles(V, K, k.dtype)
-        k_dk = S_dS = S_marks = marks_dS = entry
-        count, marks = segments.marks(MARK, k.device)
+        k_dk = S_dS = dS_marks = entry
+        _, marks = segments.marks(MARK, k.device)
         if gated:
-            k_dk, S_marks = torch.empty_like(kept[0]), kept[1]
+            k_dk, dS_marks = torch.empty_like(kept[0]), torch.empty_like(kept[1])
             S_dS = torch.empty(for_k.blocks, B, H, n, dtype=torch.float32, device=k.device)
-            marks_dS = torch.empty(for_k.blocks, B, H, count, dtype=torch.float32, device=k.device)
         # Gated, the two differ too much to run side by side.
         roles = [("both", for_v)] if K == V and not gated else [("dv", for_v), ("dk", for_k)]
         for role, tile in roles:
             attend_back(
                 ((2 if role == "both" else 1) * tile.blocks, B * H, n),
-                q, k, v, do, dk, dv, g, G, exit_gradient, entry, S_marks, k_dk, S_dS, marks_dS, bounds, marks,
-                scale, 1 / scale, T, H, n, count,
+                q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, dS_marks, bounds, marks,
+                scale, 1 / scale, T, H, n,
                 K=K, V=V, BK=tiles(K, V, k.dtype).BA, BV=tiles(V, K, k.dtype).BA, BLOCK=tile.BC, C=tile.C, ROLE=role,
                 DECAY=kind, EXACT=_exact(k), GATED=gated, MARK=MARK, STAGES=tile.stages, PRECISION=PRECISION[k.dtype],
                 warps=tile.warps,
@@ -139,8 +139,10 @@ class TritonHeadDecay(Recurrence):
             if constant
             else torch.empty_like(tokens.gates[0])
         )
+        marks_dS = torch.empty(kept[1].shape[:3], dtype=torch.float32, device=k.device)
+        multiply_marks((marks_dS.numel(), 1, 1), kept[1], dS_marks, marks_dS, SIZE=K * V, BLOCK=2048, warps=4)
         gate_gradient(
-            (B * H, n, 1), dg, kept[0], k_dk, S_dS, marks_dS, bounds, marks, T, H, n, count, for_k.blocks,
+            (B * H, n, 1), dg, kept[0], k_dk, S_dS, marks_dS, bounds, marks, T, H, n, for_k.blocks, scale,
             DECAY=kind, MARK=MARK, warps=1,
         )  # fmt: skip
         return Tokens(dk, dv, (dg.sum((0, 2)).to(tokens.gates[0].dtype) if constant else dg,))
@@ -233,21 +235,10 @@ class TritonKeyDecay(Recurrence):
     def query_gradient(
         self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q, do, (_, G) = ready(q), ready(do), tokens.gates
-        k, v = tokens.k, tokens.v
-        B, T, H, K = k.shape
-        V, tile = v.shape[-1], key_tiles(K, v.shape[-1], k.dtype)
-        dq, dk = torch.empty_like(q), torch.empty_like(k)
-        P = torch.empty(B, T, H, tile.C, dtype=q.dtype, device=q.device)
-        states = (torch.empty_like(G), torch.empty_like(entry), _marks(tokens, segments)) if gated else ()
-        pair_up_back(
-            self._shared_chunks(tokens, segments),
-            q, k, v, do, G, P, dq, dk, (*states, G)[0], segments.bounds(k.device), scale, T, H,
-            K=K, V=V, BK=min(padded(K), 32), BV=min(padded(V), 64), C=tile.C, LEVELS=_levels(tile.C), GATED=gated,
-            PAIRS=PAIRS[k.dtype], PRECISION=PRECISION[k.dtype], warps=8 if tile.C == 64 else 4,
-        )  # fmt: skip
-        self._across(do, v, k, dq, q, tokens, entry, states, G, segments, scale, False)
-        return dq, (P, dk, *states)
+        q, (_, G) = ready(q), tokens.gates
+        kept = (torch.empty_like(G), torch.empty_like(entry)) if gated else ()
+        dq = self._across(ready(do), tokens.v, tokens.k, q, tokens, entry, kept, G, segments, scale, False)
+        return dq, kept
 
     def token_gradients(
         self,
@@ -262,12 +253,13 @@ class TritonKeyDecay(Recurrence):
         kept: tuple[Tensor, ...],
     ) -> Tokens:
         q, do, (g, G) = ready(q), ready(do), tokens.gates
-        P, dk, *states = kept
-        dv = self._along(tokens.k, q, do, P, tokens, exit_gradient, segments, scale, True)
+        pairs = self._pairs(q, tokens, segments)
+        dv = self._along(tokens.k, q, do, pairs, tokens, exit_gradient, segments, scale, True)
+        del pairs
         dg = G
         if gated:
-            dg = states[0] if g.dtype == torch.float32 else torch.empty_like(g)
-        self._across(tokens.v, do, q, dk, tokens.k, tokens, exit_gradient, tuple(states), dg, segments, scale, True)
+            dg = kept[0] if g.dtype == torch.float32 else torch.empty_like(g)
+        dk = self._across(tokens.v, do, q, tokens.k, tokens, exit_gradient, kept, dg, segments, scale, True)
         return Tokens(dk, dv, (dg,) if gated else ())
 
     def _summary(
@@ -286,22 +278,16 @@ class TritonKeyDecay(Recurrence):
         )  # fmt: skip
         return Summary(A, S)
 
-    def _shared_chunks(self, tokens: Tokens, segments: Segments) -> tuple[int, int, int]:
-        """A grid of programs that share a segment's chunks: a few for each processor, each with many chunks."""
-        (B, _, H, K), n, device = tokens.k.shape, len(segments), tokens.k.device
-        chunks = -(-segments.size // key_tiles(K, tokens.v.shape[-1], tokens.k.dtype).C)
-        return (B * H, n, min(chunks, max(1, 4 * processors(device) // (B * H * n))))
-
     def _pairs(self, q: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
         """What `attend_along_keys` needs of queries and keys: ``[B, T, H, C]``."""
         B, T, H, K = q.shape
         tile = key_tiles(K, tokens.v.shape[-1], q.dtype)
         P = torch.empty(B, T, H, tile.C, dtype=q.dtype, device=q.device)
         pair_up(
-            self._shared_chunks(tokens, segments),
+            (B * H, len(segments), min(64, -(-segments.size // tile.C))),
             q, tokens.k, tokens.gates[1], P, segments.bounds(q.device), T, H,
-            K=K, BK=min(tile.BA, 32), C=tile.C, LEVELS=_levels(tile.C), PRECISION=PAIRS[q.dtype],
-            warps=8 if tile.C == 64 else 4,
+            K=K, BK=min(tile.BA, 32), C=tile.C, LEVELS=_levels(tile.C), PRECISION=PAIRS[q.dtype], FAR=FAR[q.dtype],
+            warps=4,
         )  # fmt: skip
         return P
 
@@ -324,22 +310,22 @@ class TritonKeyDecay(Recurrence):
         return out
 
     def _across(
-        self, a: Tensor, b: Tensor, c: Tensor, out: Tensor, x: Tensor, tokens: Tokens, S: Tensor,
-        states: tuple[Tensor, ...], dg: Tensor, segments: Segments, scale: float, reverse: bool,
-    ) -> None:  # fmt: skip
+        self, a: Tensor, b: Tensor, c: Tensor, x: Tensor, tokens: Tokens, S: Tensor, kept: tuple[Tensor, ...],
+        dg: Tensor, segments: Segments, scale: float, reverse: bool,
+    ) -> Tensor:  # fmt: skip
         B, T, H, DA = a.shape
         DC, n = c.shape[-1], len(segments)
-        tile = column_tiles(DA, DC, a.dtype)
-        partner, S_exit, S_marks = states if states else (S, S, S)
-        _, marks = segments.marks(MARK, a.device)
+        out = torch.empty_like(c)
+        tile, summed = column_tiles(DA, DC, a.dtype), key_tiles(DA, DC, a.dtype).C
+        partner, S_exit = kept if kept else (S, S)
         unscale = 1 / scale if reverse else 1.0
         attend_across_keys(
             (B * H, n, tile.blocks),
-            a, b, c, out, x, tokens.gates[1], S, S_exit, S_marks, partner, dg, segments.bounds(a.device), marks,
-            scale, unscale, T, H, n,
-            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, GATED=bool(states), MARK=MARK,
-            STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
+            a, b, c, out, x, tokens.gates[1], S, S_exit, partner, dg, segments.bounds(a.device), scale, unscale, T, H, n,
+            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, SUMMED=summed, REVERSE=reverse, GATED=bool(kept),
+            LEVELS=_levels(tile.C), STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
         )  # fmt: skip
+        return out
 
 
 def triton_decay(tokens: Tokens) -> Recurrence:
@@ -352,7 +338,9 @@ def triton_decay(tokens: Tokens) -> Recurrence:
 def _marks(tokens: Tokens, segments: Segments) -> Tensor:
     """Room for the states every `MARK` tokens inside the segments: ``[marks, B, H, K, V]``."""
     count, _ = segments.marks(MARK, tokens.k.device)
-    dtype = torch.bfloat16 if tokens.k.dtype == torch.bfloat16 else torch.float32
+    # A constant decay's gradient sums over all tokens, and an error of a mark with it.
+    short = tokens.k.dtype == torch.bfloat16 and tokens.gates[0].dim() > 1
+    dtype = torch.bfloat16 if short else torch.float32
     return torch.empty(count, tokens.k.shape[0], *tokens.state_shape, dtype=dtype, device=tokens.k.device)
 
 

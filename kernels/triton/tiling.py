@@ -13,7 +13,7 @@ import torch
 from lasp.kernels.triton.language import INTERPRETED
 
 #: The gates' gradient is a running sum of terms that cancel; it starts anew from a state every so many tokens.
-MARK = 32 if INTERPRETED else 128
+MARK = 32 if INTERPRETED else 256
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,9 @@ def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
 
 @cache
 def column_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `key_decay.attend_across_keys`, in the chunks of `key_tiles`."""
+    """The tiles of `key_decay.attend_across_keys`."""
     tile = key_tiles(DA, DC, dtype)
-    BC = min(tile.BC, 64)
-    return replace(tile, BC=BC, blocks=-(-DC // BC))
+    return replace(tile, C=min(tile.C, 32))
 
 
 def padded(width: int) -> int:
