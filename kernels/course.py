@@ -166,7 +166,11 @@ class Course:
                 for old, new in ((A, joined.A), (B, joined.B))
             )
         # The states before the slots stand in: every position's end, the run's own state, the seeds.
-        one = torch.ones_like(A[:, :1]) if A.dim() < 5 else torch.eye(A.shape[-1]).to(A).expand_as(A[:, :1])
+        one = (
+            torch.ones_like(A[:, :1])
+            if A.dim() < 5
+            else torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A[:, :1])
+        )
         kinds = [A, one, torch.zeros_like(A[:, :1]).expand(-1, starts.shape[1], *A.shape[2:])]
         source = at.source if seeds is not None else at.source.clamp(max=A.shape[1] + 1)
         before = Summary(

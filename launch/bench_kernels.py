@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -49,9 +52,11 @@ SHAPES = (
     Shape(1, 8192, 16),
     Shape(1, 32768, 16),
     Shape(1, 131072, 16),
-    Shape(1, 262144, 4),
     Shape(8, 4096, 16),
+    Shape(1, 262144, 4),
 )
+#: Where accuracy is looked at: its heads fill the chip, so that segments are long and errors have room to grow.
+ACCURACY = Shape(1, 8192, 64)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Options:
     sp_size: int = 8
     #: Timed calls, of which the median counts.
     calls: int = 20
+    #: Instead of all else, the seconds to each op's first gradient in a new process with an empty cache.
+    cold_start: bool = False
     #: Where the JSON goes, and with another suffix the plot.
     result: Path = Path("bench_kernels.json")
 
@@ -103,6 +110,12 @@ class Case:
         tokens = shape.B * shape.T * shape.H * shape.D * 2
         g = gate.nbytes if gate is not None and gate.dim() > 1 else 0
         return 4 * tokens + g, 11 * tokens + 3 * g
+
+
+def floor_operations(shape: Shape) -> tuple[int, int]:
+    """Operations of forward, and of both passes: the products with a K × V state, two a token forward and four backward."""
+    product = 2 * shape.B * shape.T * shape.H * shape.D**2
+    return 2 * product, 6 * product
 
 
 OPS: dict[str, Case] = {
@@ -185,8 +198,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
 def errors(name: str, peer: Op | None, strength: float) -> dict[str, dict[str, float]]:
     """Relative errors against float64, of ours and the peer's, on the same inputs."""
     learnt = OPS[name].learnt
-    tensors = inputs(name, Shape(1, 4096, 4), strength)
+    tensors = inputs(name, ACCURACY, strength)
     want = results(exact, [None if x is None else x.double() for x in tensors], learnt)
+    torch.cuda.empty_cache()
     found = {}
     for who, op in (("lasp", ours(name)), ("fla", peer)):
         if op is not None:
@@ -297,22 +311,52 @@ def sp_overhead(name: str, size: int, calls: int) -> dict[str, float]:
     return {"forward": with_sp[0] / without[0], "both": with_sp[1] / without[1]}
 
 
+_FIRST_STEP = """
+import time, torch
+from lasp.launch.bench_kernels import OPS, Shape, inputs, ours, results
+torch.cuda.synchronize()
+start = time.perf_counter()
+results(ours({name!r}), inputs({name!r}, Shape(1, 8192, 16), 1.0), OPS[{name!r}].learnt)
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+def cold_starts(names: Sequence[str]) -> dict[str, float]:
+    """Seconds from a new process with an empty cache to the first output and gradients of each op."""
+    seconds = {}
+    for name in names:
+        with TemporaryDirectory() as cache:
+            told = subprocess.run(
+                [sys.executable, "-c", _FIRST_STEP.format(name=name)],
+                env=os.environ | {"TRITON_CACHE_DIR": cache},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+        seconds[name] = float(told.stdout.split()[-1])
+        print(f"{name:15} first output and gradients after {seconds[name]:.1f} s", flush=True)
+    return seconds
+
+
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Row:
-    """What is known of one op at one shape; milliseconds."""
+    """What is known of one op at one shape; milliseconds. The floors are the memory's and the tensor cores'."""
 
     op: str
     shape: str
     floor_forward: float
     floor_both: float
+    compute_forward: float
+    compute_both: float
     figures: dict[str, Figure] = field(default_factory=dict)
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Measure everything, printing as it goes."""
+def run(options: Options, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measure everything, printing and saving as it goes."""
     copied, multiplied = ceilings()
     print(
         f"{torch.cuda.get_device_name()}: copies {copied / 1e12:.2f} TB/s, multiplies {multiplied / 1e12:.0f} TFLOP/s"
@@ -321,6 +365,19 @@ def run(options: Options) -> dict[str, Any]:
     accuracy: dict[str, Any] = {}
     rows: list[Row] = []
     overhead: dict[str, Any] = {}
+    softmax: dict[str, Figure] = {}
+    figures = {
+        "copy_bytes_per_second": copied,
+        "bf16_flop_per_second": multiplied,
+        "errors": accuracy,
+        "times": rows,
+        "sp_local_work": overhead,
+        "softmax": softmax,
+    }
+    for shape in shapes:
+        if shape.T <= 32768:
+            softmax[str(shape)] = measure(sdpa, inputs("linear_attn", shape, 1.0), False, options.calls)
+            print(f"{'softmax (SDPA)':15} {shape!s:26} {softmax[str(shape)]}", flush=True)
     for name in options.ops:
         case, peer = OPS[name], peer_of(name)
         for kind, strength in (("weak", 1 / 16), ("strong", 8.0)) if case.learnt else (("", 1.0),):
@@ -331,7 +388,8 @@ def run(options: Options) -> dict[str, Any]:
         for shape in shapes:
             tensors = inputs(name, shape, 1 / 16)
             bytes_forward, bytes_both = case.floor_bytes(shape, tensors[3])
-            row = Row(name, str(shape), bytes_forward / copied * 1000, bytes_both / copied * 1000)
+            floors = (x / multiplied * 1000 for x in floor_operations(shape))
+            row = Row(name, str(shape), bytes_forward / copied * 1000, bytes_both / copied * 1000, *floors)
             for who, op in (("lasp", ours(name)), ("fla", peer)):
                 if op is not None:
                     row.figures[who] = measure(op, tensors, case.learnt, options.calls)
@@ -342,24 +400,14 @@ def run(options: Options) -> dict[str, Any]:
         if options.sp_size:
             overhead[name] = sp_overhead(name, options.sp_size, options.calls)
             print(f"{name:15} one rank of {options.sp_size}, local work: " + str(overhead[name]), flush=True)
-    softmax = {}
-    for shape in shapes:
-        if shape.T <= 32768:
-            softmax[str(shape)] = measure(sdpa, inputs("linear_attn", shape, 1.0), False, options.calls)
-            print(f"{'softmax (SDPA)':15} {shape!s:26} {softmax[str(shape)]}", flush=True)
-    return {
-        "copy_bytes_per_second": copied,
-        "bf16_flop_per_second": multiplied,
-        "errors": accuracy,
-        "times": rows,
-        "sp_local_work": overhead,
-        "softmax": softmax,
-    }
+        save(figures)
+    return figures
 
 
 def line(row: Row) -> str:
     """One row of the table."""
     text = f"{row.op:15} {row.shape:26} floor {row.floor_forward:6.3f} {row.floor_both:6.3f}"
+    text += f" (compute {row.compute_forward:5.3f} {row.compute_both:5.3f})"
     for who, x in row.figures.items():
         text += f" | {who} {x.forward:7.3f} {x.both:7.3f} ms {x.peak:5.2f} GiB"
     if len(row.figures) == 2:
@@ -401,9 +449,11 @@ def main() -> None:
     unknown = [name for name in options.ops if name not in OPS]
     if unknown:
         sys.exit(f"unknown --ops {', '.join(unknown)}: expected some of {', '.join(OPS)}")
-    figures = run(options)
     command = "python -m lasp.launch.bench_kernels " + shlex.join(sys.argv[1:])
-    record(options.result, command, figures)
+    if options.cold_start:
+        record(options.result, command, {"seconds": cold_starts(options.ops)})
+        return
+    figures = run(options, lambda figures: record(options.result, command, figures))
     plot(figures["times"], options.result.with_suffix(".png"))
     print(f"written to {options.result} and {options.result.with_suffix('.png')}")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 #: Packages whose versions change a figure.
-PACKAGES = ("lasp", "torch", "triton", "numpy")
+PACKAGES = ("lasp", "torch", "triton", "numpy", "flash-linear-attention")
 
 
 def record(path: Path, command: str, figures: Any) -> None:

@@ -230,72 +230,42 @@ def attend_back(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dv, dk, or both where K = V. Grid: (roles · blocks of BLOCK columns, B · H, segments).
+    """dv, dk, or both where K = V and nothing is gated. Grid: (roles · blocks of BLOCK columns, B · H, segments).
 
     GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, the products of the states that enter the segments
     with their gradients, ``S_dS: [blocks, B, H, n]``, and the gradients of the states every MARK tokens, as `attend`'s.
     """
     bh = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
-    place = ((bh // H * n + segment) * H + bh % H) * (K * V)
     if ROLE == "dv":
-        _value_gradient(
-            bh, segment, tl.program_id(0), place, q, k, do, dv, g, G, dS, bounds, scale, unscale, T, H,
-            K, V, BK, BLOCK, C, DECAY, EXACT, STAGES, PRECISION,
-        )  # fmt: skip
+        block = tl.program_id(0)
+        a, b, c, out = k, q, do, dv
+        step_down, step_right = 1, V
     elif ROLE == "dk":
-        _key_gradient(
-            bh, segment, tl.program_id(0), place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, dS_marks, bounds,
-            marks, scale, unscale, T, H, n, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, MARK, STAGES, PRECISION,
-        )  # fmt: skip
+        block = tl.program_id(0)
+        a, b, c, out = v, do, q, dk
+        step_down, step_right = V, 1
     else:
         # Neighbours on the grid read the same four tensors.
+        block = tl.program_id(0) // 2
         if tl.program_id(0) % 2 == 0:
-            _value_gradient(
-                bh, segment, tl.program_id(0) // 2, place, q, k, do, dv, g, G, dS, bounds, scale, unscale, T, H,
-                K, V, BK, BLOCK, C, DECAY, EXACT, STAGES, PRECISION,
-            )  # fmt: skip
+            a, b, c, out = k, q, do, dv
+            step_down, step_right = 1, V
         else:
-            _key_gradient(
-                bh, segment, tl.program_id(0) // 2, place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, dS_marks,
-                bounds, marks, scale, unscale, T, H, n, K, V, BV, BLOCK, C, DECAY, EXACT, GATED, MARK, STAGES,
-                PRECISION,
-            )  # fmt: skip
-
-
-@triton.jit
-def _value_gradient(
-    bh, segment, block, place, q, k, do, dv, g, G, dS, bounds, scale, unscale, T, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    EXACT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+            a, b, c, out = v, do, q, dk
+            step_down, step_right = V, 1
+    DA: tl.constexpr = V if ROLE == "dk" else K
+    DC: tl.constexpr = K if ROLE == "dk" else V
+    BA: tl.constexpr = BV if ROLE == "dk" else BK
     down = block * BLOCK + tl.arange(0, BLOCK)
-    right = tl.arange(0, BK)
-    mask = (down < V)[:, None] & (right < K)[None, :]
-    end = tl.load(dS + place + down[:, None] + right[None, :] * V, mask=mask, other=0.0) * unscale
-    _attend(
-        bh, segment, block, end, k, q, do, dv, g, G, do, do, dS, bounds, bounds, scale, T, H,
-        K, V, BK, BLOCK, C, DECAY, True, EXACT, False, C, STAGES, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit
-def _key_gradient(
-    bh, segment, block, place, q, k, v, do, dk, g, G, dS, S, k_dk, S_dS, dS_marks, bounds, marks, scale, unscale,
-    T, H, n, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, MARK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    down = block * BLOCK + tl.arange(0, BLOCK)
-    right = tl.arange(0, BV)
-    mask = (down < K)[:, None] & (right < V)[None, :]
-    at = place + down[:, None] * V + right[None, :]
+    right = tl.arange(0, BA)
+    at = ((bh // H * n + segment) * H + bh % H) * (K * V) + down[:, None] * step_down + right[None, :] * step_right
+    mask = (down < DC)[:, None] & (right < DA)[None, :]
     end = tl.load(dS + at, mask=mask, other=0.0) * unscale
     programs = tl.num_programs(1).to(tl.int64)
     start = _attend(
-        bh, segment, block, end, v, do, q, dk, g, G, k, k_dk + block * programs * T, dS_marks,
-        bounds, marks, scale, T, H,
-        V, K, BV, BLOCK, C, DECAY, True, EXACT, GATED, MARK, STAGES, PRECISION,
+        bh, segment, block, end, a, b, c, out, g, G, k, k_dk + block * programs * T, dS_marks, bounds, marks, scale, T, H,
+        DA, DC, BA, BLOCK, C, DECAY, True, EXACT, GATED, MARK, STAGES, PRECISION,
     )  # fmt: skip
     if GATED:
         both = tl.load(S + at, mask=mask, other=0.0) * start * scale

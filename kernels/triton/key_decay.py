@@ -166,7 +166,6 @@ def pair_up(
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
-    FAR: tl.constexpr,
 ):
     """``P: [B, T, H, C]``: the decayed products of each token's query with the keys of its chunk, 0 after the token.
 
@@ -197,7 +196,7 @@ def pair_up(
             p += tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), near, 0.0)
             for level in tl.static_range(LEVELS):
                 meet = _between_halves(sums, here, rows, valid, H, columns, K, NEAR << level)
-                far = product(tq * meet, tl.trans(tk * meet), FAR)
+                far = product(tq * meet, tl.trans(tk * meet), PRECISION)
                 parts = (rows[:, None] ^ rows[None, :]) // (NEAR << level) == 1
                 p += tl.where(seen & parts, far, 0.0)
         ps.store([t, 0], p.to(P.dtype.element_ty))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from lasp.kernels.triton.language import INTERPRETED
 
@@ -44,15 +45,37 @@ class Kernel:
             # The autograd engine's threads do not inherit the allocator.
             triton.set_allocator(_scratch)
             values = tuple(constants.values())
+            # Addresses spare the launcher a question to the driver for each tensor.
+            places = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
             key = (first.device.index, warps, values, *[x.dtype for x in arguments if isinstance(x, Tensor)])
             compiled = self._compiled.get(key)
             if compiled is None:
                 assert list(constants) == self.function.arg_names[-len(constants) :], "constants stand last, in order"
-                self._compiled[key] = self.function[grid](*arguments, **constants, num_warps=warps)
+                self._compiled[key] = self._compile(grid, arguments, warps, constants)
             else:
-                compiled[grid](*arguments, *values)
+                compiled[grid](*places, *values)
+
+    def _compile(self, grid: tuple[int, int, int], arguments: Any, warps: int, constants: dict[str, Any]) -> Any:
+        """Compile and launch, with as many chunks in flight as fit the processor's memory: Triton's versions differ."""
+        while True:
+            try:
+                return self.function[grid](*arguments, **constants, num_warps=warps)
+            except OutOfResources:
+                if constants.get("STAGES", 1) == 1:
+                    raise
+                constants = {**constants, "STAGES": constants["STAGES"] - 1}
 
 
-def _scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
-    """Where the kernels' tensor descriptors stand."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+#: Where the kernels' tensor descriptors stand, by device and stream: all that were made, the largest last.
+_SCRATCH: dict[tuple[int, int | None], list[Tensor]] = {}
+
+
+def _scratch(size: int, _alignment: int, stream: int | None) -> Tensor:
+    """Memory for one kernel's tensor descriptors: kernels of a stream follow one another and may share it.
+
+    None is ever given back: a graph that was captured may point to it.
+    """
+    made = _SCRATCH.setdefault((torch.cuda.current_device(), stream), [])
+    if not made or made[-1].numel() < size:
+        made.append(torch.empty(1 << max(20, (size - 1).bit_length()), dtype=torch.int8, device="cuda"))
+    return made[-1]

@@ -18,7 +18,6 @@ _NONE, _CONSTANT, _BY_TOKEN = (kind.value for kind in (head_decay.NONE, head_dec
 #: How products are computed for the dtypes that the kernels take.
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 #: And those of queries and keys that were decayed each for itself, and have more digits for it.
-FAR = dict(PRECISION)
 PAIRS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
 
 cumulate = Kernel(head_decay.cumulate)
@@ -128,8 +127,8 @@ class TritonHeadDecay(Recurrence):
                 q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, dS_marks, bounds, marks,
                 scale, 1 / scale, T, H, n,
                 K=K, V=V, BK=tiles(K, V, k.dtype).BA, BV=tiles(V, K, k.dtype).BA, BLOCK=tile.BC, C=tile.C, ROLE=role,
-                DECAY=kind, EXACT=_exact(k), GATED=gated, MARK=MARK, STAGES=tile.stages, PRECISION=PRECISION[k.dtype],
-                warps=tile.warps,
+                DECAY=kind, EXACT=_exact(k), GATED=gated and role == "dk", MARK=MARK, STAGES=tile.stages,
+                PRECISION=PRECISION[k.dtype], warps=tile.warps,
             )  # fmt: skip
         if not gated:
             return Tokens(dk, dv)
@@ -286,8 +285,7 @@ class TritonKeyDecay(Recurrence):
         pair_up(
             (B * H, len(segments), min(64, -(-segments.size // tile.C))),
             q, tokens.k, tokens.gates[1], P, segments.bounds(q.device), T, H,
-            K=K, BK=min(tile.BA, 32), C=tile.C, LEVELS=_levels(tile.C), PRECISION=PAIRS[q.dtype], FAR=FAR[q.dtype],
-            warps=4,
+            K=K, BK=min(tile.BA, 32), C=tile.C, LEVELS=_levels(tile.C), PRECISION=PAIRS[q.dtype], warps=4,
         )  # fmt: skip
         return P
 

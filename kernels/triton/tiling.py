@@ -72,9 +72,11 @@ def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
 
 @cache
 def column_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `key_decay.attend_across_keys`."""
+    """The tiles of `key_decay.attend_across_keys`, whose chunks may be parts of `key_tiles`'."""
     tile = key_tiles(DA, DC, dtype)
-    return replace(tile, C=min(tile.C, 32))
+    if tile.C <= 32:
+        return tile
+    return replace(tile, BC=min(tile.BC, 64), blocks=-(-DC // min(tile.BC, 64)), C=32, warps=4)
 
 
 def padded(width: int) -> int:
