@@ -61,7 +61,8 @@ def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
     BA, BC = padded(DA), padded(DC)
     if dtype != torch.bfloat16:
         C, warps, stages, BC = 16, 4, 1, min(BC, 32)
-    elif BA > 128:
+    elif max(BA, BC) > 128:
+        # The same C for K and V as for V and K: the running sums are made for all kernels.
         C, warps, stages, BC = 32, 8, 1, min(BC, 64)
     else:
         C, warps, stages, BC = 64, 8, 2, min(BC, 128)
@@ -72,11 +73,12 @@ def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
 
 @cache
 def column_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `key_decay.attend_across_keys`, whose chunks may be parts of `key_tiles`'."""
+    """The tiles of `key_decay.attend_across_keys`, whose chunks may be halves of `key_tiles`'."""
     tile = key_tiles(DA, DC, dtype)
-    if tile.C <= 32:
+    if dtype != torch.bfloat16:
         return tile
-    return replace(tile, BC=min(tile.BC, 64), blocks=-(-DC // min(tile.BC, 64)), C=32, warps=4)
+    BC = min(tile.BC, 64)
+    return replace(tile, BC=BC, blocks=-(-DC // BC), C=tile.C // 2, warps=4 if tile.BA <= 128 else 8)
 
 
 def padded(width: int) -> int:
