@@ -56,7 +56,7 @@ SHAPES = (
     Shape(1, 262144, 4),
 )
 #: Where accuracy is looked at: its heads fill the chip, so that segments are long and errors have room to grow.
-ACCURACY = Shape(1, 8192, 64)
+ACCURACY = Shape(4, 8192, 16)
 
 
 @dataclass(frozen=True)
