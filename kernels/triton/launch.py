@@ -21,7 +21,8 @@ def ready(x: Tensor) -> Tensor:
 class Kernel:
     """A Triton function whose compiled forms are found by the types of its tensors and by its constants alone.
 
-    Its tensors must be `ready` and its integers below 2³¹ or annotated. The constants stand last in its signature.
+    Its tensors must be `ready`, but for those of which it says ``do_not_specialize_on_alignment``, and its integers below 2³¹
+    or annotated. The constants stand last in its signature.
 
     Args:
         function: what ``@triton.jit`` made, with its integers not specialised.
@@ -37,6 +38,7 @@ class Kernel:
         if 0 in grid:
             return
         if INTERPRETED:
+            self._check(arguments)
             self.function[grid](*arguments, **constants)
         elif first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
@@ -54,6 +56,14 @@ class Kernel:
                 self._compiled[key] = self._compile(grid, arguments, warps, constants)
             else:
                 compiled[grid](*places, *values)
+
+    def _check(self, arguments: tuple[Any, ...]) -> None:
+        """What a compiled form takes for granted, where there is time to look."""
+        anywhere = self.function.kwargs.get("do_not_specialize_on_alignment") or ()
+        for name, x in zip(self.function.arg_names, arguments, strict=False):
+            if isinstance(x, Tensor) and name not in anywhere:
+                assert x.is_contiguous(), f"{name} must be contiguous"
+                assert x.data_ptr() % 16 == 0, f"{name} must begin at a multiple of 16 bytes"
 
     def _compile(self, grid: tuple[int, int, int], arguments: Any, warps: int, constants: dict[str, Any]) -> Any:
         """Compile and launch, with as many chunks in flight as fit the processor's memory: Triton's versions differ."""

@@ -168,7 +168,7 @@ class TritonHeadDecay(Recurrence):
             A = torch.empty(B, n, H, dtype=torch.float32, device=b.device)
         summarise(
             (B * H, n, tile.blocks),
-            b, c, g, G, A, S, segments.bounds(b.device), scale, T, H, n,
+            b, c, g, G, S if kind == _NONE else A, S, segments.bounds(b.device), scale, T, H, n,
             DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, REVERSE=reverse, EXACT=_exact(b),
             STAGES=3 if tile.stages > 1 else 1, PRECISION=PRECISION[b.dtype], warps=4,
         )  # fmt: skip

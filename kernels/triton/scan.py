@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from lasp.kernels.course import Course
 
 
-@triton.jit(do_not_specialize=["H"])
+# Summaries may be parts of rows, which begin anywhere.
+@triton.jit(
+    do_not_specialize=["H"],
+    do_not_specialize_on_alignment=["A", "B", "seeds", "A_before", "B_before", "A_whole", "B_whole"],
+)
 def compose_chains(
     A,
     B,

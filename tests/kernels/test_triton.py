@@ -104,7 +104,8 @@ def test_one_number_a_head(decay: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_strong_number_a_head(decay: str, dtype: torch.dtype) -> None:
     # A constant decay's gradient is a sum over all tokens of what little a strong one lets through.
-    tolerance = {torch.float32: 2e-5 if decay == "constant" else 2e-6, torch.bfloat16: 3e-2}[dtype]
+    constant = decay == "constant"
+    tolerance = {torch.float32: 2e-5 if constant else 2e-6, torch.bfloat16: 1e-1 if constant else 3e-2}[dtype]
     check(TritonHeadDecay, decay, dtype, (35, 20), 30, tolerance, B=1, H=2, K=16, V=16)
 
 
