@@ -51,13 +51,18 @@ class SequenceLayout:
         runs: for each rank its runs ``(start, end)``.
         total_tokens: length of the sequence, all documents together.
         cu_seqlens: document boundaries ``0 = c_0 < c_1 < ... < c_N = total_tokens``.
+        num_documents: N. A field, for a graph of ``torch.compile`` looks at fields alone.
     """
 
     runs: tuple[tuple[Range, ...], ...]
     total_tokens: int
     cu_seqlens: tuple[int, ...]
+    num_documents: int = field(init=False, repr=False, compare=False)
     # What is derived from the table, computed once: see `cached`.
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_documents", len(self.cu_seqlens) - 1)
 
     # -- construction ---------------------------------------------------------------------------------------------
 
@@ -169,11 +174,6 @@ class SequenceLayout:
     def world_size(self) -> int:
         """How many ranks share the sequence."""
         return len(self.runs)
-
-    @property
-    def num_documents(self) -> int:
-        """How many documents are packed in the sequence."""
-        return len(self.cu_seqlens) - 1
 
     def runs_of(self, rank: int) -> tuple[Range, ...]:
         """The runs of one rank, ``(start, end)`` in the packed sequence."""

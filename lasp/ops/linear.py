@@ -14,6 +14,10 @@ says how their gradients are shared. Arguments that all ops have in common:
 
 All raise ValueError, on every rank of ``sp``, where a shape, a dtype, `cu_seqlens` or a log-decay above 0 is wrong, or ranks
 disagree. Every op is `start`, which needs no queries and sends the states on their way, and `Pending.finish`.
+
+All compile with ``torch.compile(fullgraph=True)``, where `cu_seqlens` must be integers and no tensor: a graph is made for one
+layout, and another layout is another graph. A graph checks shapes, but looks at no decay's values and does not ask the other
+ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from lasp.parallel.operators import TracedLinear, recurrence_of
 from lasp.parallel.unmasked import unmasked_linear
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pending:
     """The first half of an op, made by `start`: the states are travelling.
 

@@ -64,9 +64,9 @@ def test_softmax(groups: Groups, softmax: str) -> None:
 
 
 def test_models(groups: Groups) -> None:
-    """A hybrid whose positions within documents a graph has as a constant."""
+    """A hybrid with short convolutions, whose positions within documents a graph has as a constant."""
     sp = SequenceParallel(groups[2], SequenceLayout.zigzag(TOKENS, 2, DOCUMENTS["packed"]))
-    check_model(model("retention", "LN"), sp, torch.arange(TOKENS).view(1, TOKENS) * 7 % 31)
+    check_model(model("retention", "LN", conv_size=3), sp, torch.arange(TOKENS).view(1, TOKENS) * 7 % 31, plain=False)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["", "checkpointed"])
