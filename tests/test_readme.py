@@ -60,6 +60,23 @@ def test_the_figures_are_recorded() -> None:
     assert f"[{_short(max(row['grad_norm'] for row in nccl))}](launch/results/parity_nccl.json)" in README
 
 
+def test_the_kernels_figures_are_recorded() -> None:
+    times = json.loads((ROOT / "launch/results/kernels_linear_attn.json").read_text())["figures"]["times"]
+    for shape in ("B=1 T=131072 H=16 D=128", "B=1 T=262144 H=4 D=128"):
+        (row,) = [row for row in times if row["shape"] == shape]
+        ours, peer = row["figures"]["lasp"], row["figures"]["fla"]
+        quoted = (
+            f"{ours['forward']:.2f} ms, the peer {peer['forward']:.2f}",
+            f"{ours['both']:.2f} ms, the peer {peer['both']:.1f}",
+            f"{ours['peak']:.1f} GiB, the peer {peer['peak']:.1f}",
+        )
+        assert all(words in README for words in quoted), quoted
+    rows = json.loads((ROOT / "launch/results/fused_layers.json").read_text())["figures"]
+    both = {(row["layer"], row["form"]): row["both"] for row in rows}
+    conv, norm = (both[layer, "fla"] / both[layer, "lasp"] for layer in ("conv", "norm by head"))
+    assert f"{conv:.1f} and {norm:.1f} times as fast" in " ".join(README.split())
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
