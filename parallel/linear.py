@@ -80,30 +80,18 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         o, final, entering, run_entry = passes.forward(started, q, scale, final_state)
         ctx.recurrence, ctx.sp, ctx.scale, ctx.final_state = started.recurrence, started.sp, scale, final_state
-        tokens, kept = started.tokens, passes.keeps_states(entering.nbytes, k, v)
-        ctx.gates = len(gates)
-        ctx.save_for_backward(
-            q,
-            tokens.k,
-            tokens.v,
-            initial_state,
-            entering if kept else None,
-            None if kept else run_entry,
-            *gates,
-            *tokens.gates,
-        )
+        kept = passes.keeps_states(entering.nbytes, k, v)
+        ctx.save_for_backward(q, k, v, initial_state, entering if kept else None, None if kept else run_entry, *gates)
         return o, final
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, initial_state, entering, run_entry, *rest = ctx.saved_tensors
-        gates, tokens = tuple(rest[: ctx.gates]), Tokens(k, v, tuple(rest[ctx.gates :]))
+        q, k, v, initial_state, entering, run_entry, *gates = ctx.saved_tensors
         grads = passes.backward(
             ctx.recurrence,
             ctx.sp,
             q,
-            tokens,
-            gates,
+            Tokens(k, v, tuple(gates)),
             initial_state,
             entering,
             run_entry,

@@ -217,10 +217,9 @@ def _linear_backward(
     gated: bool,
 ) -> list[Tensor]:
     """The gradients of q, k, v, of the initial states if there are any, and of the gates if `gated`."""
-    job, ranks, given = _recurrences[recurrence], SequenceParallel.named(sp), tuple(gates)
-    tokens = job.prepare(Tokens(k, v, given), passes.Plan.of(ranks.layout, ranks.rank, job.segment_size).segments)
+    job, ranks, tokens = _recurrences[recurrence], SequenceParallel.named(sp), Tokens(k, v, tuple(gates))
     entering, run_entry = (states, None) if _kept(ranks, recurrence, tokens) else (None, states)
-    grads = passes.backward(job, ranks, q, tokens, given, initial_state, entering, run_entry, do, dfinal, scale, gated)
+    grads = passes.backward(job, ranks, q, tokens, initial_state, entering, run_entry, do, dfinal, scale, gated)
     found = (grads.q, grads.k, grads.v, *(() if grads.initial_state is None else (grads.initial_state,)))
     return [x.contiguous() for x in (*found, *(grads.gates if gated else ()))]
 

@@ -101,7 +101,6 @@ def backward(
     sp: SequenceParallel,
     q: Tensor,
     tokens: Tokens,
-    gates: tuple[Tensor, ...],
     initial_state: Tensor | None,
     entering: Tensor | None,
     run_entry: Tensor | None,
@@ -116,8 +115,7 @@ def backward(
         recurrence: what the tokens did to the state.
         sp: the ranks and the layout.
         q: the queries.
-        tokens: the tokens as the recurrence takes them.
-        gates: the gates as they were given.
+        tokens: the tokens as they were given. What was derived from them is made again: it may be larger than they are.
         initial_state: the states before the documents.
         entering: the states that entered the segments; None where they are to be made again from `run_entry`.
         run_entry: the states that entered the runs.
@@ -127,7 +125,8 @@ def backward(
         gated: whether the gates' gradients are wanted.
     """
     plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
-    segments, at = plan.segments, plan.tables(q.device)
+    segments, at, given = plan.segments, plan.tables(q.device), tokens.gates
+    tokens = recurrence.prepare(tokens, segments)
 
     # A final state's gradient is where the gradients of its document's states start from.
     dfinal = None if dfinal is None else total(dfinal, sp)
@@ -148,7 +147,7 @@ def backward(
         dinitial.index_copy_(1, at.opened, opening.to(initial_state.dtype))
     grads = recurrence.token_gradients(q, tokens, entering, do, leaving, segments, scale, gated, kept)
     # A gate that many tokens share has the sum of their gradients.
-    dgates = tuple(dg.sum_to_size(g.shape) for dg, g in zip(grads.gates, gates, strict=False))
+    dgates = tuple(dg.sum_to_size(g.shape) for dg, g in zip(grads.gates, given, strict=False))
     return Gradients(dq, grads.k, grads.v, dgates, dinitial)
 
 

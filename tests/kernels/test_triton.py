@@ -180,3 +180,19 @@ def test_one_document_from_nothing(decay: str) -> None:
     wide = [None if y is None else y.double() for y in (k, v, g)]
     expected, _ = start(*wide).finish(q.double())
     assert_close({"o": o}, {"o": expected}, 2e-6)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("decay", test_linear_single.DECAYS)
+def test_nothing_derived_from_the_gates_is_kept(decay: str) -> None:
+    """Running sums of a decay a key dimension would be twice the keys and values in bfloat16."""
+    x = Inputs(0, torch.float32)
+    q, k, v = (x.normal(1, 70, 2, 8).to(DEVICE).requires_grad_() for _ in range(3))
+    g = test_linear_single.log_decay(x, decay, "weak", {"B": 1, "T": 70, "H": 2, "K": 8})
+    inputs = [q, k, v] if g is None else [q, k, v, g.to(DEVICE).requires_grad_()]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        start(*inputs[1:]).finish(q)
+    states = [t for t in kept if t.dim() == 5]
+    assert sorted(t.numel() for t in kept if t.dim() < 5) == sorted(t.numel() for t in inputs)
+    assert len(states) <= 1
