@@ -81,11 +81,18 @@ class Summary:
 
         Its tensors are views of the rows.
         """
-        size = _row_size(self.A)
+        rows = rows.contiguous()
         parts = []
-        for pattern, flat in ((self.A, rows[:, :size]), (self.B, rows[:, size:])):
+        offset = rows.storage_offset()
+        for pattern in (self.A, self.B):
             batch, _, *rest = pattern.shape
-            parts.append(flat.view(rows.shape[0], batch, *rest).movedim(0, 1))
+            steps = [1]
+            for size in reversed(rest):
+                steps.append(steps[-1] * size)
+            batch_step, *inner = reversed(steps)
+            # One view, where slicing, shaping and turning would be four: this is done for every layer.
+            parts.append(rows.as_strided((batch, len(rows), *rest), (batch_step, rows.shape[1], *inner), offset))
+            offset += batch * batch_step
         return Summary(parts[0], parts[1], rows)
 
     def empty(self, count: int) -> Summary:

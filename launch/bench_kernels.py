@@ -241,7 +241,8 @@ class Figure:
     peak: float = math.nan
 
 
-def measure(op: Op, tensors: list[Tensor | None], learnt: bool, calls: int) -> Figure:
+def passes(op: Op, tensors: list[Tensor | None], learnt: bool) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """The forward, and forward and backward, of an op."""
     *leaves, do = tensors
     q, k, v, g = leaves
     wanted = [x for x in (q, k, v, g if learnt else None) if x is not None]
@@ -252,22 +253,27 @@ def measure(op: Op, tensors: list[Tensor | None], learnt: bool, calls: int) -> F
 
     def both() -> None:
         for x in wanted:
+            x.requires_grad_()
             x.grad = None
         forward().backward(do)
 
+    return forward, both
+
+
+def measure(op: Op, tensors: list[Tensor | None], learnt: bool, calls: int) -> Figure:
+    forward, both = passes(op, tensors, learnt)
+    leaves = [x for x in tensors[:-1] if x is not None]
     with torch.no_grad():
         figure = Figure(forward=milliseconds(forward, calls))
-    for x in wanted:
-        x.requires_grad_()
     figure.both = milliseconds(both, calls)
-    for x in wanted:
+    for x in leaves:
         x.grad = None
     gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
     figure.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    for x in wanted:
+    for x in leaves:
         x.grad = None
         x.requires_grad_(False)
     return figure
@@ -299,16 +305,36 @@ def fake_group(size: int) -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
+def busy(call: Callable[[], Any], calls: int) -> float:
+    """The milliseconds that the device computes in a call, the gaps between its kernels left out."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / calls / 1000
+
+
 def sp_overhead(name: str, size: int, calls: int) -> dict[str, float]:
-    """Local work of one rank of `size`, over that of the same tokens without sequence parallelism."""
+    """Local work of one rank of `size`, over that of the same tokens without sequence parallelism.
+
+    `forward` and `both` compare what the device computes, the others the time from call to call, the host's part included.
+    """
     tensors, learnt = inputs(name, Shape(1, 32768, 16), 1 / 16), OPS[name].learnt
+    times: dict[str, list[tuple[float, float]]] = {"forward": [], "both": [], "forward_wall": [], "both_wall": []}
     with fake_group(size) as group:
         sp = SequenceParallel(group, SequenceLayout.contiguous(32768 * size, size))
         # By turns, so that both see the same clocks.
-        runs = [(measure(ours(name, sp), tensors, learnt, calls), measure(ours(name), tensors, learnt, calls))]
-        runs += [(measure(ours(name, sp), tensors, learnt, calls), measure(ours(name), tensors, learnt, calls))]
-    with_sp, without = ([min(x.forward for x in xs), min(x.both for x in xs)] for xs in zip(*runs, strict=True))
-    return {"forward": with_sp[0] / without[0], "both": with_sp[1] / without[1]}
+        for _ in range(3):
+            turns = []
+            for op in (ours(name, sp), ours(name)):
+                forward, both = passes(op, tensors, learnt)
+                with torch.no_grad():
+                    turn = {"forward_wall": milliseconds(forward, calls), "forward": busy(forward, calls)}
+                turn |= {"both_wall": milliseconds(both, calls), "both": busy(both, calls)}
+                turns.append(turn)
+            for key, pairs in times.items():
+                pairs.append((turns[0][key], turns[1][key]))
+    return {key: min(a for a, _ in pairs) / min(b for _, b in pairs) for key, pairs in times.items()}
 
 
 _FIRST_STEP = """

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.language import LOG2E, add_product, product, tokens_of
+from lasp.kernels.triton.language import LOG2E, add_product, fine_product, product, tokens_of
 
 #: The kinds of decay.
 NONE: tl.constexpr = tl.constexpr(0)
@@ -153,9 +153,7 @@ def attend(
     S,
     x,
     x_out,
-    S_marks,
     bounds,
-    marks,
     scale,
     T,
     H,
@@ -169,14 +167,13 @@ def attend(
     ACROSS: tl.constexpr,
     EXACT: tl.constexpr,
     GATED: tl.constexpr,
-    MARK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """o, or with ACROSS, where the state lies in memory as ``[DC, DA]``, dq. Grid: (B · H, segments, blocks of BC columns).
 
     GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out, EXACT: but for what j = i gave to
-    it; and the states every MARK tokens inside a segment, ``S_marks: [marks, B, H, DC, DA]``.
+    it. The gates' gradients sum over these, and over what is left when most of it cancels: nothing on the way is rounded.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -189,8 +186,8 @@ def attend(
     start = tl.load(S + at, mask=(down < DC)[:, None] & (right < DA)[None, :], other=0.0)
     x_out += block * tl.num_programs(0).to(tl.int64) * T
     _attend(
-        bh, segment, block, start, a, b, c, out, g, G, x, x_out, S_marks, bounds, marks, scale, T, H,
-        DA, DC, BA, BC, C, DECAY, False, EXACT, GATED, MARK, STAGES, PRECISION,
+        bh, segment, block, start, a, b, c, out, g, G, x, x_out, bounds, scale, T, H,
+        DA, DC, BA, BC, C, DECAY, False, EXACT, GATED, STAGES, PRECISION,
     )  # fmt: skip
 
 
@@ -208,9 +205,7 @@ def attend_back(
     S,
     k_dk,
     S_dS,
-    dS_marks,
     bounds,
-    marks,
     scale,
     unscale,
     T,
@@ -226,14 +221,13 @@ def attend_back(
     DECAY: tl.constexpr,
     EXACT: tl.constexpr,
     GATED: tl.constexpr,
-    MARK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dv, dk, or both where K = V and nothing is gated. Grid: (roles · blocks of BLOCK columns, B · H, segments).
 
-    GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, the products of the states that enter the segments
-    with their gradients, ``S_dS: [blocks, B, H, n]``, and the gradients of the states every MARK tokens, as `attend`'s.
+    GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, and the products of the states that enter the segments with
+    their gradients, ``S_dS: [blocks, B, H, n]``.
     """
     bh = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -264,8 +258,8 @@ def attend_back(
     end = tl.load(dS + at, mask=mask, other=0.0) * unscale
     programs = tl.num_programs(1).to(tl.int64)
     start = _attend(
-        bh, segment, block, end, a, b, c, out, g, G, k, k_dk + block * programs * T, dS_marks, bounds, marks, scale, T, H,
-        DA, DC, BA, BLOCK, C, DECAY, True, EXACT, GATED, MARK, STAGES, PRECISION,
+        bh, segment, block, end, a, b, c, out, g, G, k, k_dk + block * programs * T, bounds, scale, T, H,
+        DA, DC, BA, BLOCK, C, DECAY, True, EXACT, GATED, STAGES, PRECISION,
     )  # fmt: skip
     if GATED:
         both = tl.load(S + at, mask=mask, other=0.0) * start * scale
@@ -274,10 +268,9 @@ def attend_back(
 
 @triton.jit
 def _attend(
-    bh, segment, block, S, a, b, c, out, g, G, x, x_out, S_marks, bounds, marks, scale, T, H,
+    bh, segment, block, S, a, b, c, out, g, G, x, x_out, bounds, scale, T, H,
     DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    REVERSE: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, MARK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment and one block of columns, from the state ``S: [BC, BA]`` at its start (REVERSE: its end) to the other's."""
     batch, head = bh // H, bh % H
@@ -291,12 +284,6 @@ def _attend(
     Os = tokens_of(out, first, length, H, DC, C, BC)
     if GATED:
         Xs = tokens_of(x, first, length, H, DC, C, BC)
-        per_mark = tl.num_programs(1 if REVERSE else 0).to(tl.int64) * (DA * DC)
-        down = block * BC + tl.arange(0, BC)
-        right = tl.arange(0, BA)
-        inside = (down < DC)[:, None] & (right < DA)[None, :]
-        own_marks = S_marks + tl.load(marks + segment) * per_mark + bh * (DA * DC) + down[:, None] * DA + right[None, :]
-    STATE: tl.constexpr = "tf32x3" if GATED and PRECISION == "tf32" else PRECISION
     rows = tl.arange(0, C)
     if GATED and EXACT:
         seen = rows[:, None] > rows[None, :] if REVERSE else rows[:, None] < rows[None, :]
@@ -309,20 +296,17 @@ def _attend(
     count = tl.cdiv(length, C)
     last = (count - 1) * C
     if DECAY == BY_TOKEN:
-        # Read a chunk ahead: nothing else hides the wait for them.
+        # A number is read a chunk ahead: nothing else hides the wait for it.
         begin = last if REVERSE else 0
-        next_within, next_whole = _sums(G + along + begin, length - begin, rows, C)
+        next_whole = tl.load(G + along + tl.minimum(begin + C, length) - 1)
     for i in tl.range(0, count, num_stages=STAGES):
         t = (count - 1 - i) * C if REVERSE else i * C
-        if GATED:
-            edge = t + C if REVERSE else t
-            marked = (edge % MARK == 0) & (edge > 0) & (edge < length)
-            mark = own_marks + (edge // MARK - 1) * per_mark
-            tl.store(mark, S.to(S_marks.dtype.element_ty), mask=inside & marked)
         ta = tl.trans(As.load([t, 0]))
         tb = Bs.load([t, 0])
-        tc = tl.trans(Cs.load([t, block * BC]))
-        o = product(S, ta, STATE)
+        if GATED:
+            o = fine_product(tl.zeros([BC, C], dtype=tl.float32), S, ta, PRECISION)
+        else:
+            o = product(S, ta, PRECISION)
         p = product(tb, ta, PRECISION)
         if GATED and EXACT:
             # What a token gives to itself decays by nothing. Where all else decays strongly it would drown the rest.
@@ -335,9 +319,9 @@ def _attend(
                 within = rate * tl.minimum(rows + 1, valid)
                 whole = rate * valid
             else:
-                within, whole = next_within, next_whole
+                within, whole = tl.load(G + along + t + rows, mask=rows < valid, other=0.0), next_whole
                 following = tl.maximum(t - C, 0) if REVERSE else tl.minimum(t + C, last)
-                next_within, next_whole = _sums(G + along + following, length - following, rows, C)
+                next_whole = tl.load(G + along + tl.minimum(following + C, length) - 1)
             enter = within
             if DECAY == CONSTANT:
                 leave = rate * tl.maximum(valid - 1 - rows, 0)
@@ -359,92 +343,61 @@ def _attend(
                     between = tl.cumsum(tl.where(rows[:, None] < rows[None, :], own[None, :], 0.0), 1)
                 p = tl.where(seen, p * tl.exp2(between), 0.0)
             else:
-                p = tl.where(seen, p * tl.exp2(enter[None, :] - enter[:, None]), 0.0)
-        o = add_product(o, tc, p, PRECISION)
+                p = tl.where(seen, p * tl.exp2(tl.minimum(enter[None, :] - enter[:, None], 0.0)), 0.0)
+        tc = tl.trans(Cs.load([t, block * BC]))
         if GATED:
+            o = fine_product(o, tc, p, PRECISION)
             tx = tl.trans(Xs.load([t, block * BC]))
             with_x = tl.sum(tx.to(tl.float32) * o, 0) * scale
             tl.store(x_out + along + t + rows, with_x, mask=rows < length - t)
             if EXACT:
                 o += tc.to(tl.float32) * itself[None, :]
+        else:
+            o = add_product(o, tc, p, PRECISION)
         Os.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))
-        if DECAY != NONE:
-            tc = (tc * tl.exp2(leave)[None, :]).to(tc.dtype)
-            S *= tl.exp2(whole)
-        S = add_product(S, tc, tb, PRECISION)
+        if DECAY == NONE:
+            S = add_product(S, tc, tb, PRECISION)
+        elif GATED:
+            S = fine_product(S * tl.exp2(whole), tc * tl.exp2(leave)[None, :], tb, PRECISION)
+        else:
+            S = add_product(S * tl.exp2(whole), tc * tl.exp2(leave)[None, :], tb, PRECISION)
     return S
-
-
-@triton.jit
-def multiply_marks(S_marks, dS_marks, S_dS, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """``S_dS: [marks · B · H]``: the products of states of SIZE numbers with their gradients. Grid: (marks · B · H)."""
-    state = tl.program_id(0).to(tl.int64)
-    sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(0, SIZE, BLOCK):
-        cell = first + tl.arange(0, BLOCK)
-        x = tl.load(S_marks + state * SIZE + cell, mask=cell < SIZE, other=0.0).to(tl.float32)
-        sums += x * tl.load(dS_marks + state * SIZE + cell, mask=cell < SIZE, other=0.0).to(tl.float32)
-    tl.store(S_dS + state, tl.sum(sums))
 
 
 @triton.jit(do_not_specialize=["T", "H", "n", "blocks"])
 def gate_gradient(
-    dg,
-    q_dq,
-    k_dk,
-    S_dS,
-    marks_dS,
-    bounds,
-    marks,
-    T,
-    H,
-    n,
-    blocks,
-    scale,
-    DECAY: tl.constexpr,
-    MARK: tl.constexpr,
-):
+    dg, q_dq, k_dk, S_dS, bounds, T, H, n, blocks, DECAY: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """``dg: [B, T, H]``, or ``[B, H, n]`` of a constant decay, whose parts are to be summed. Grid: (B · H, segments).
 
-    A gate at t decays what goes from tokens before t, or the entering state, to tokens from t on, or the leaving state. That
-    is the state's product with its gradient where both are known, which is at the segment's start and every MARK tokens;
-    between, each token adds what starts from it and takes away what ends at it: ``dg_{t+1} = dg_t + k_t · dk_t − q_t · dq_t``.
-    What such a sum misses of the next known value is shared out among the tokens.
+    A gate at t decays what goes from tokens before t, or the entering state, to tokens from t on, or the leaving state. At the
+    segment's start that is the state's product with its gradient; then each token adds what starts from it and takes away
+    what ends at it: ``dg_{t+1} = dg_t + k_t · dk_t − q_t · dq_t``.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     start = tl.load(bounds + segment)
     end = tl.load(bounds + segment + 1)
-    first_mark = tl.load(marks + segment)
     all = tl.num_programs(0).to(tl.int64)
-    rows = tl.arange(0, MARK)
-    at_start = tl.zeros([], dtype=tl.float32)
+    rows = tl.arange(0, BLOCK)
+    known = tl.zeros([], dtype=tl.float32)
     for block in range(blocks):
-        at_start += tl.load(S_dS + (block * all + bh) * n + segment)
+        known += tl.load(S_dS + (block * all + bh) * n + segment)
     total = tl.zeros([], dtype=tl.float32)
-    for t in range(start, end, MARK):
+    for t in range(start, end, BLOCK):
         mask = t + rows < end
-        mark = (t - start) // MARK
-        further = t + MARK < end
         # What changes between a token and the one before it: a sum that left the token itself out by subtraction would
-        # keep the digits of the state's final gradient, and lose those of a strong decay.
-        change = tl.zeros([MARK], dtype=tl.float32)
-        following = tl.zeros([], dtype=tl.float32)
+        # keep the digits of what the token does, and lose those of a strong decay.
+        change = tl.zeros([BLOCK], dtype=tl.float32)
+        before = mask & (t + rows > start)
         for block in range(blocks):
-            at = (block * all + bh) * T + t
-            inner = mask & (rows > 0)
-            change += tl.load(k_dk + at + rows - 1, mask=inner, other=0.0)
-            change -= tl.load(q_dq + at + rows - 1, mask=inner, other=0.0)
-            following -= tl.load(k_dk + at + MARK - 1, mask=further, other=0.0)
-            following += tl.load(q_dq + at + MARK - 1, mask=further, other=0.0)
-        own_mark = marks_dS + (first_mark + mark) * all + bh
-        following += tl.load(own_mark, mask=further, other=0.0) * scale
-        known = tl.where(mark > 0, tl.load(own_mark - all, mask=mark > 0, other=0.0) * scale, at_start)
-        missed = tl.where(further, following - known - tl.sum(change), 0.0)
-        here = known + tl.cumsum(change, 0) + missed * rows / MARK
+            at = (block * all + bh) * T + t + rows - 1
+            change += tl.load(k_dk + at, mask=before, other=0.0) - tl.load(q_dq + at, mask=before, other=0.0)
+        here = known + tl.cumsum(change, 0)
         if DECAY == CONSTANT:
             total += tl.sum(tl.where(mask, here, 0.0))
         else:
             tl.store(dg + ((bh // H) * T + t + rows) * H + bh % H, here.to(dg.dtype.element_ty), mask=mask)
+        known += tl.sum(change)
     if DECAY == CONSTANT:
         tl.store(dg + bh * n + segment, total)

@@ -13,12 +13,16 @@ dq and dk on the columns of c and of the result:
     dk    (v, do, q)                   the same from the end
     ====  ===========================  ====================================================================
 
-Within a chunk ``e^{G_i − G_j}`` is a product of a factor of i and one of j, for products of tiles (GLA,
-https://arxiv.org/abs/2312.06635, section 4.3, has it at two levels). The chunk is halved again and again, down to `NEAR`
-tokens. A pair of tokens on either side of a halving meets at its middle: both factors are at most 1. Tokens of the same
-`NEAR` meet at their middle, where factors above 1 occur: a log-decay below `_LEAST` a token counts as that, so that they
-stay far from overflow. ``2^_LEAST`` is below the last digit of a float32 beside 1. So no strength of decay is out of bounds,
-and all but the factors runs on the tensor cores.
+For products of tiles ``e^{G_i − G_j}`` is a factor of i times a factor of j (GLA, https://arxiv.org/abs/2312.06635, section
+4.3). Here the tokens of a chunk meet in its middle, the chunk's *anchor*, where the state meets them too: G is counted from
+there. Anchors are the segment's start, every C tokens from it, and its end. One of the two factors may be above 1; it stays
+far from overflow while no half of a chunk decays by more than `FARTHEST`. Where one does, which `cumulate_keys` finds out,
+the segment is walked in chunks of `SHORT` tokens; where half of one of these does, a token counts for no more than its part
+of `FARTHEST`, 2⁻²⁵, which is below the last digit of a float32 beside 1. No strength of decay is out of bounds, and all but
+the factors runs on the tensor cores.
+
+Factors, states and pairs are float32, and enter products of bfloat16 tiles in two parts, high and low: what is rounded to
+bfloat16 is the result.
 """
 
 from __future__ import annotations
@@ -26,81 +30,70 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.language import LOG2E, add_product, product, tokens_of
+from lasp.kernels.triton.language import LOG2E, add_product, fine_product, opaque, product, split, tokens_of
 
-#: Tokens that are halved no further.
-NEAR: tl.constexpr = tl.constexpr(8)
+#: The chunks of segments that decay too strongly for longer ones.
+SHORT: tl.constexpr = tl.constexpr(8)
 #: The least log-decay of one token, in powers of two.
-_LEAST: tl.constexpr = tl.constexpr(-25.0)
-#: As far from a near middle as four tokens of that can be.
-_FARTHEST: tl.constexpr = tl.constexpr(100.0)
+LEAST: tl.constexpr = tl.constexpr(-40.0)
+#: By how many powers of two half a chunk may decay.
+FARTHEST: tl.constexpr = tl.constexpr(100.0)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
-def cumulate_keys(g, G, bounds, T, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """``G: [B, T, H, K]``: the running sum of g from the start of each chunk of C tokens, in powers of two, float32.
+@triton.jit
+def _log_decays(g, at, mask):
+    """In powers of two, no less than `LEAST`."""
+    return tl.maximum(tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * LOG2E, LEAST)
+
+
+@triton.jit(do_not_specialize=["T", "H", "anchors"])
+def cumulate_keys(
+    g, G, between, farthest, bounds, marks, T, H, anchors, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
+):
+    """``G: [B, T, H, K]``: the sum of g from each token's nearest anchor to the token, above 0 where the anchor follows, in
+    powers of two, float32; such sums from each anchor to the next, ``between: [B · H, anchors, K]``; and how far one is from
+    a token at most, ``farthest: [B · H, segments, programs]``.
 
     Grid: (B · H, segments, programs that share a segment's chunks).
     """
     bh = tl.program_id(0).to(tl.int64)
-    start = tl.load(bounds + tl.program_id(1))
-    length = (tl.load(bounds + tl.program_id(1) + 1) - start).to(tl.int32)
+    segment = tl.program_id(1)
+    start = tl.load(bounds + segment)
+    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
+    first_anchor = bh * anchors + tl.load(marks + segment) + segment
     columns = tl.arange(0, BK)
     rows = tl.arange(0, C)
-    for t in range(tl.program_id(2) * C, length, tl.num_programs(2) * C):
+    far = tl.zeros([BK], dtype=tl.float32)
+    for i in range(tl.program_id(2), tl.cdiv(length, C), tl.num_programs(2)):
+        t = i * C
         at = (((bh // H) * T + start + t + rows) * H + bh % H)[:, None] * K + columns[None, :]
         mask = (t + rows < length)[:, None] & (columns < K)[None, :]
-        x = tl.maximum(tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * LOG2E, _LEAST)
-        tl.store(G + at, tl.cumsum(x, 0), mask=mask)
+        x = _log_decays(g, at, mask)
+        all = tl.sum(x, 0)
+        early = (rows < C // 2)[:, None]
+        tl.store(G + at, tl.cumsum(x, 0) - tl.where(early, 0.0, all[None, :]), mask=mask)
+        tl.store(between + (first_anchor + i) * K + columns, all, mask=columns < K)
+        after = tl.sum(tl.where(early, x, 0.0), 0)
+        far = tl.maximum(far, tl.maximum(-after, after - all))
+    program = (bh * tl.num_programs(1) + segment) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(farthest + program, tl.max(far))
 
 
-@triton.jit
-def _sums_at(G, rows, valid, heads, columns, D: tl.constexpr):
-    """The rows of a chunk's running sums, those beyond its last valid token being that token's."""
-    at = tl.minimum(rows, valid - 1).to(tl.int64)[:, None] * (heads.to(tl.int64) * D) + columns[None, :]
-    return tl.load(G + at, mask=(columns < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _whole(G, valid, heads, columns, D: tl.constexpr):
-    """The sums over a whole chunk ``[columns]``."""
-    return tl.load(G + (valid - 1).to(tl.int64) * heads * D + columns, mask=columns < D, other=0.0)
-
-
-@triton.jit
-def _middle(rows, BLOCK: tl.constexpr):
-    """The last token before the middle of each token's block of BLOCK tokens."""
-    return rows // BLOCK * BLOCK + BLOCK // 2 - 1
-
-
-@triton.jit
-def _between_halves(sums, G, rows, valid, heads, columns, D: tl.constexpr, SIZE: tl.constexpr):
-    """The factor of each token to the middle of its block of 2 · SIZE tokens, before which or after which it stands."""
-    return tl.exp2(-tl.abs(sums - _sums_at(G, _middle(rows, 2 * SIZE), valid, heads, columns, D)))
-
-
-@triton.jit
-def _near(sums, G, rows, valid, heads, columns, D: tl.constexpr):
-    """The sum between the middle of each token's `NEAR` tokens and the token, in powers of two.
-
-    Beyond a segment's end it is bounded, and of no account.
-    """
-    apart = sums - _sums_at(G, _middle(rows, NEAR), valid, heads, columns, D)
-    return tl.minimum(tl.maximum(apart, -_FARTHEST), _FARTHEST)
-
-
-@triton.jit(do_not_specialize=["T", "H", "n"])
+@triton.jit(do_not_specialize=["T", "H", "n", "anchors"])
 def summarise_keys(
     b,
     c,
     G,
+    between,
     A,
     S,
     bounds,
+    marks,
     scale,
     T,
     H,
     n,
+    anchors,
     DB: tl.constexpr,
     DC: tl.constexpr,
     BB: tl.constexpr,
@@ -124,199 +117,77 @@ def summarise_keys(
     bs = tokens_of(b, first, length, H, DB, C, BB)
     cs = tokens_of(c, first, length, H, DC, C, BC)
     gs = tokens_of(G, first, length, H, DB, C, BB)
+    between += (bh * anchors + tl.load(marks + segment) + segment) * DB
+    rows = tl.arange(0, C)
     columns = tl.arange(0, BB)
     state = tl.zeros([BB, BC], dtype=tl.float32)
     decayed = tl.zeros([BB], dtype=tl.float32)
+    # Between anchors: tokens that are not counted from where the state goes are counted from the other.
+    other = rows >= C // 2 if REVERSE else rows < C // 2
     count = tl.cdiv(length, C)
     for i in tl.range(0, count, num_stages=STAGES):
-        t = (count - 1 - i) * C if REVERSE else i * C
-        tb = bs.load([t, 0])
-        tc = cs.load([t, block * BC])
-        sums = gs.load([t, 0])
-        whole = _whole(G + (first + t * H) * DB, tl.minimum(length - t, C), H, columns, DB)
-        if not REVERSE:
-            sums = whole[None, :] - sums
+        j = count - 1 - i if REVERSE else i
+        tb = bs.load([j * C, 0])
+        tc = cs.load([j * C, block * BC])
+        sums = gs.load([j * C, 0])
+        whole = tl.load(between + j * DB + columns, mask=columns < DB, other=0.0)
+        sums = tl.where(other[:, None], whole[None, :], 0.0) + (sums if REVERSE else -sums)
         tb = tb.to(tl.float32) * tl.exp2(sums)
         state *= tl.exp2(whole)[:, None]
         decayed += whole
         state = add_product(state, tl.trans(tb), tc, PRECISION)
     place = (batch * n + segment) * H + head
-    down = columns
     across = block * BC + tl.arange(0, BC)
     tl.store(
-        S + place * (DB * DC) + down[:, None] * DC + across[None, :],
+        S + place * (DB * DC) + columns[:, None] * DC + across[None, :],
         state * scale,
-        mask=(down < DB)[:, None] & (across < DC)[None, :],
+        mask=(columns < DB)[:, None] & (across < DC)[None, :],
     )
     if block == 0:
-        tl.store(A + place * DB + down, tl.exp2(decayed), mask=down < DB)
+        tl.store(A + place * DB + columns, tl.exp2(decayed), mask=columns < DB)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
-def pair_up(
-    q,
-    k,
-    G,
-    P,
-    bounds,
-    T,
-    H,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``P: [B, T, H, C]``: the decayed products of each token's query with the keys of its chunk, 0 after the token.
-
-    Grid: (B · H, segments, programs that share a segment's chunks). BK columns of K are taken at a time. LEVELS: how often a
-    chunk of C tokens is halved to `NEAR`.
-    """
-    bh = tl.program_id(0).to(tl.int64)
-    start = tl.load(bounds + tl.program_id(1))
-    length = (tl.load(bounds + tl.program_id(1) + 1) - start).to(tl.int32)
-    first = ((bh // H) * T + start) * H + bh % H
-    qs = tokens_of(q, first, length, H, K, C, BK)
-    ks = tokens_of(k, first, length, H, K, C, BK)
-    gs = tokens_of(G, first, length, H, K, C, BK)
-    ps = tokens_of(P, first, length, H, C, C, C)
-    rows = tl.arange(0, C)
-    seen = rows[:, None] >= rows[None, :]
-    for t in range(tl.program_id(2) * C, length, tl.num_programs(2) * C):
-        valid = tl.minimum(length - t, C)
-        here = G + (first + t * H) * K
-        p = tl.zeros([C, C], dtype=tl.float32)
-        for column in range(0, K, BK):
-            columns = column + tl.arange(0, BK)
-            tq = qs.load([t, column]).to(tl.float32)
-            tk = ks.load([t, column]).to(tl.float32)
-            sums = gs.load([t, column])
-            within = _near(sums, here, rows, valid, H, columns, K)
-            near = product(tq * tl.exp2(within), tl.trans(tk * tl.exp2(-within)), PRECISION)
-            p += tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), near, 0.0)
-            for level in tl.static_range(LEVELS):
-                meet = _between_halves(sums, here, rows, valid, H, columns, K, NEAR << level)
-                far = product(tq * meet, tl.trans(tk * meet), PRECISION)
-                parts = (rows[:, None] ^ rows[None, :]) // (NEAR << level) == 1
-                p += tl.where(seen & parts, far, 0.0)
-        ps.store([t, 0], p.to(P.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["T", "H", "n"])
-def attend_along_keys(
-    a,
-    b,
-    c,
-    out,
-    P,
-    G,
-    S,
-    bounds,
-    scale,
-    unscale,
-    T,
-    H,
-    n,
-    DA: tl.constexpr,
-    DC: tl.constexpr,
-    BA: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
-    REVERSE: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """o, or REVERSE dv, from the states ``S: [B, n, H, DA, DC]`` at the segments' starts, or ends, and `pair_up`'s P.
-
-    Grid: (B · H, segments, blocks of BC columns).
-    """
-    bh = tl.program_id(0).to(tl.int64)
-    segment = tl.program_id(1)
-    block = tl.program_id(2)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
-    as_ = tokens_of(a, first, length, H, DA, C, BA)
-    bs = tokens_of(b, first, length, H, DA, C, BA)
-    gs = tokens_of(G, first, length, H, DA, C, BA)
-    cs = tokens_of(c, first, length, H, DC, C, BC)
-    ps = tokens_of(P, first, length, H, C, C, C)
-    outs = tokens_of(out, first, length, H, DC, C, BC)
-
-    down = block * BC + tl.arange(0, BC)
-    right = tl.arange(0, BA)
-    place = ((batch * n + segment) * H + head) * (DA * DC)
-    at = S + place + down[:, None] + right[None, :] * DC
-    state = tl.load(at, mask=(down < DC)[:, None] & (right < DA)[None, :], other=0.0) * unscale
-    count = tl.cdiv(length, C)
-    for i in tl.range(0, count, num_stages=STAGES):
-        t = (count - 1 - i) * C if REVERSE else i * C
-        valid = tl.minimum(length - t, C)
-        here = G + (first + t * H) * DA
-        ta = as_.load([t, 0])
-        tb = bs.load([t, 0])
-        tc = tl.trans(cs.load([t, block * BC]))
-        sums = gs.load([t, 0])
-        whole = _whole(here, valid, H, right, DA)
-        enter, leave = sums, whole[None, :] - sums
-        if REVERSE:
-            enter, leave = leave, enter
-        o = product(state, tl.trans(ta.to(tl.float32) * tl.exp2(enter)), PRECISION)
-        if REVERSE:
-            p = ps.load([t, 0])
-        else:
-            p = tl.trans(ps.load([t, 0]))
-        o = add_product(o, tc, p, PRECISION)
-        outs.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))
-        state *= tl.exp2(whole)[None, :]
-        state = add_product(state, tc, tb.to(tl.float32) * tl.exp2(leave), PRECISION)
-
-
-@triton.jit
-def _split_product(sum, x, y, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """``sum + x @ y`` with x in float32; SPLIT: what bfloat16 leaves of x counts too."""
-    if SPLIT and PRECISION == "bf16":
-        high = x.to(tl.bfloat16)
-        sum = add_product(sum, x - high.to(tl.float32), y, PRECISION)
-        return add_product(sum, high, y, PRECISION)
-    return add_product(sum, x, y, PRECISION)
-
-
-@triton.jit(do_not_specialize=["T", "H", "n"])
-def attend_across_keys(
+@triton.jit(do_not_specialize=["T", "H", "n", "anchors", "programs"])
+def attend_keys(
     a,
     b,
     c,
     out,
     x,
+    g,
     G,
+    between,
+    farthest,
     S,
     S_exit,
     partner,
     dg,
     bounds,
+    marks,
     scale,
     unscale,
     T,
     H,
     n,
+    anchors,
+    programs,
     DA: tl.constexpr,
     DC: tl.constexpr,
     BA: tl.constexpr,
     BC: tl.constexpr,
     C: tl.constexpr,
-    SUMMED: tl.constexpr,
+    ROWS: tl.constexpr,
+    ALONG: tl.constexpr,
     REVERSE: tl.constexpr,
     GATED: tl.constexpr,
-    LEVELS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq, or REVERSE dk, from the states ``S: [B, n, H, DC, DA]`` at the segments' starts, or ends. Grid: (B · H, segments,
-    blocks of BC columns).
+    """o and, REVERSE, dv, where the decay is ALONG the axis of products; or dq and dk.
 
-    G starts anew every SUMMED tokens, a multiple of C.
+    Chunks of C tokens, 0 for short ones alone, in tiles of ROWS: C, or half of it, on one side of an anchor.
+    Grid: (B · H, segments, blocks of BC columns). The states at the segments' starts, REVERSE: ends, are ``S: [B, n, H, DA,
+    DC]`` ALONG, else ``[B, n, H, DC, DA]``.
 
     GATED: dq also leaves ``partner: [B, T, H, DC]`` = q ⊙ dq in float32, but for what a token gave to itself, and the states
     at the segments' ends in S_exit; dk makes of them ``dg: [B, T, H, DC]``, which may be the same memory. A gate at t decays
@@ -327,76 +198,198 @@ def attend_across_keys(
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     block = tl.program_id(2)
-    batch, head = bh // H, bh % H
     start = tl.load(bounds + segment)
     length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
-    as_ = tokens_of(a, first, length, H, DA, C, BA)
-    bs = tokens_of(b, first, length, H, DA, C, BA)
-    cs = tokens_of(c, first, length, H, DC, C, BC)
-    gs = tokens_of(G, first, length, H, DC, C, BC)
-    outs = tokens_of(out, first, length, H, DC, C, BC)
-    if GATED:
-        xs = tokens_of(x, first, length, H, DC, C, BC)
-        partners = tokens_of(partner, first, length, H, DC, C, BC)
-
+    first = ((bh // H) * T + start) * H + bh % H
     down = block * BC + tl.arange(0, BC)
     right = tl.arange(0, BA)
-    mask = (down < DC)[:, None] & (right < DA)[None, :]
-    at = ((batch * n + segment) * H + head) * (DA * DC) + down[:, None] * DA + right[None, :]
-    state = tl.load(S + at, mask=mask, other=0.0) * unscale
+    step_down, step_right = (1, DC) if ALONG else (DA, 1)
+    at = ((bh // H * n + segment) * H + bh % H) * (DA * DC) + down[:, None] * step_down + right[None, :] * step_right
+    inside = (down < DC)[:, None] & (right < DA)[None, :]
+    state = tl.load(S + at, mask=inside, other=0.0) * unscale
+    passing = tl.zeros([BC], dtype=tl.float32)
     if GATED and REVERSE:
-        dgs = tokens_of(dg, first, length, H, DC, C, BC)
-        passing = tl.sum(tl.load(S_exit + at, mask=mask, other=0.0) * state, 1) * scale
-    rows = tl.arange(0, C)
-    seen = rows[:, None] > rows[None, :] if REVERSE else rows[:, None] < rows[None, :]
-    itself = rows[:, None] == rows[None, :]
-    nothing = tl.zeros([BC, C], dtype=tl.float32)
-    count = tl.cdiv(length, C)
+        passing = tl.sum(tl.load(S_exit + at, mask=inside, other=0.0) * state, 1) * scale
+    if C > 0:
+        program = tl.arange(0, 64)
+        own = tl.load(farthest + (bh * n + segment) * programs + program, mask=program < programs, other=0.0)
+        far = tl.max(own) > FARTHEST
+        between += (bh * anchors + tl.load(marks + segment) + segment) * (DA if ALONG else DC)
+    else:
+        far = length > 0
+    if far:
+        state = _walk(
+            state, passing, a, b, c, out, x, g, g, partner, dg, first, length, block, scale, H,
+            DA, DC, BA, BC, 0, 16, ALONG, REVERSE, GATED, 1, PRECISION,
+        )  # fmt: skip
+    elif C > 0:
+        state = _walk(
+            state, passing, a, b, c, out, x, G, between, partner, dg, first, length, block, scale, H,
+            DA, DC, BA, BC, C, ROWS, ALONG, REVERSE, GATED, STAGES, PRECISION,
+        )  # fmt: skip
+    if GATED and not REVERSE:
+        tl.store(S_exit + at, state, mask=inside)
+
+
+@triton.jit
+def _walk(
+    state, passing, a, b, c, out, x, G, between, partner, dg, first, length, block, scale, H,
+    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    ALONG: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One segment and one block of columns, from the state ``[BC, BA]`` at its start (REVERSE: its end) to the other's.
+
+    C: as of `attend_keys`; 0: chunks are short ones, and G the log-decays as they were given.
+    """
+    DG: tl.constexpr = DA if ALONG else DC
+    keys = tl.arange(0, BA) if ALONG else block * BC + tl.arange(0, BC)
+    g_block = 0 if ALONG else block * BC
+    as_ = tokens_of(a, first, length, H, DA, ROWS, BA)
+    bs = tokens_of(b, first, length, H, DA, ROWS, BA)
+    cs = tokens_of(c, first, length, H, DC, ROWS, BC)
+    if C > 0:
+        gs = tokens_of(G, first, length, H, DG, ROWS, BA if ALONG else BC)
+    if GATED:
+        xs = tokens_of(x, first, length, H, DC, ROWS, BC)
+        if REVERSE:
+            partners = tokens_of(partner, first, length, H, DC, ROWS, BC)
+    rows = tl.arange(0, ROWS)
+    if REVERSE:
+        seen = rows[:, None] > rows[None, :] if GATED else rows[:, None] >= rows[None, :]
+    else:
+        seen = rows[:, None] < rows[None, :] if GATED else rows[:, None] <= rows[None, :]
+    onwards = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
+    nothing = tl.zeros([BC, ROWS], dtype=tl.float32)
+    if C == 0:
+        count = tl.cdiv(length, SHORT)
+    elif ROWS == C:
+        # An anchor in the middle of each: the first is the segment's start.
+        count = tl.cdiv(length + C // 2, C)
+    else:
+        count = tl.cdiv(length, ROWS)
+    if C > 0 and REVERSE:
+        state = _decayed(state, _between(between, count - 1, length, keys, DG, C, ROWS), ALONG)
     for i in tl.range(0, count, num_stages=STAGES):
-        t = (count - 1 - i) * C if REVERSE else i * C
-        valid = tl.minimum(length - t, C)
-        here = G + (first + t * H) * DC
-        ta = tl.trans(as_.load([t, 0]))
+        j = count - 1 - i if REVERSE else i
+        if C > 0:
+            t = j * ROWS - (ROWS - C // 2)
+            sums = gs.load([t, g_block])
+            if REVERSE:
+                sums = -sums
+            leave = tl.exp2(-sums)
+        else:
+            t = j * SHORT
+            # The rows beyond are the next chunk's.
+            valid = rows < tl.minimum(length - t, SHORT)
+            sums, before, after = _short_sums(G, first, t, length, H, keys, rows, DG)
+            if REVERSE:
+                before, after = after, before
+                sums = -sums
+            state = _decayed(state, before, ALONG)
+            leave = tl.where(valid[:, None], tl.exp2(-sums), 0.0)
+        ta = as_.load([t, 0])
         tb = bs.load([t, 0])
-        tc = cs.load([t, block * BC]).to(tl.float32)
-        sums = gs.load([t, block * BC])
-        # This chunk may be a later part of what G sums over.
-        base = tl.load(here - H * DC + down, mask=(down < DC) & (t % SUMMED > 0), other=0.0)
-        whole = _whole(here, valid, H, down, DC) - base
-        enter = tl.minimum(sums - base[None, :], 0.0)
-        leave = whole[None, :] - enter
-        if REVERSE:
-            enter, leave = leave, enter
-
-        p = product(tb, ta, PRECISION)
-        # What a token gives to itself decays by nothing; added last, it does not drown what the gates' gradient needs.
-        own = tl.sum(tl.where(itself, p, 0.0), 0)
-        o = tl.trans(tl.exp2(enter)) * _split_product(nothing, state, ta, GATED, PRECISION)
-        within = _near(sums, here, rows, valid, H, down, DC)
-        if REVERSE:
-            within = -within
-        columns = tl.trans(tc * tl.exp2(-within))
-        near = tl.where(seen & (rows[:, None] // NEAR == rows[None, :] // NEAR), p, 0.0)
-        o += tl.trans(tl.exp2(within)) * _split_product(nothing, columns, near, GATED, PRECISION)
-        for level in tl.static_range(LEVELS):
-            meet = _between_halves(sums, here, rows, valid, H, down, DC, NEAR << level)
-            parts = (rows[:, None] ^ rows[None, :]) // (NEAR << level) == 1
-            far = tl.where(seen & parts, p, 0.0)
-            o += tl.trans(meet) * _split_product(nothing, tl.trans(tc * meet), far, GATED, PRECISION)
-
+        tc = cs.load([t, block * BC])
+        if ALONG:
+            a_here, b_here = tl.trans(ta.to(tl.float32) * tl.exp2(sums)), tb.to(tl.float32) * leave
+            p = tl.zeros([ROWS, ROWS], dtype=tl.float32)
+            if PRECISION == "bf16":
+                # Split here, so that the left operands are made once: see `opaque`.
+                a_high, a_low = split(a_here)
+                b_high, b_low = split(b_here)
+                b_high, b_low = opaque(b_high), opaque(b_low)
+                p = add_product(p, b_high, a_high, PRECISION)
+                p = add_product(p, b_low, a_high, PRECISION)
+                p = add_product(p, b_high, a_low, PRECISION)
+                a_here, b_here = a_high, b_high
+            else:
+                p = fine_product(p, b_here, a_here, PRECISION)
+            p = tl.where(seen, p, 0.0)
+            # Of a factor and a state one is rounded.
+            o = fine_product(nothing, state, a_here, PRECISION)
+            o = fine_product(o, tl.trans(tc), p, PRECISION)
+            state = add_product(state, tl.trans(tc), b_here, PRECISION)
+        else:
+            p = product(tb, tl.trans(ta), PRECISION)
+            if GATED:
+                # What a token gives to itself decays by nothing; added last, it does not drown what dg needs.
+                itself = tl.sum(tl.where(rows[:, None] == rows[None, :], p, 0.0), 0)
+            p = tl.where(seen, p, 0.0)
+            c_here = tl.trans(tc.to(tl.float32) * leave)
+            o = fine_product(nothing, state, tl.trans(ta), PRECISION)
+            o = fine_product(o, c_here, p, PRECISION) * tl.trans(tl.exp2(sums))
+            state = fine_product(state, c_here, tb, PRECISION)
         if GATED:
             with_x = tl.trans(xs.load([t, block * BC])).to(tl.float32) * o * scale
             if REVERSE:
                 change = tl.trans(partners.load([t, block * BC])) - with_x
-                gradient = passing[:, None] + tl.cumsum(change, 1, reverse=True)
-                dgs.store([t, block * BC], tl.trans(gradient.to(dg.dtype.element_ty)))
+                if C == 0:
+                    change = tl.where(valid[None, :], change, 0.0)
+                if PRECISION == "bf16":
+                    # Sums from each token on, as a product: a scan is slower.
+                    gradient = fine_product(nothing + passing[:, None], change, onwards.to(tl.bfloat16), PRECISION)
+                else:
+                    gradient = passing[:, None] + tl.cumsum(change, 1, reverse=True)
+                _store(dg, gradient, t, first, length, block, H, DC, BC, C, ROWS)
                 passing += tl.sum(change, 1)
             else:
-                partners.store([t, block * BC], tl.trans(with_x))
-        o += tl.trans(tc) * own[None, :]
-        outs.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))
-        state *= tl.exp2(whole)[:, None]
-        state = _split_product(state, tl.trans(tc * tl.exp2(leave)), tb, GATED, PRECISION)
-    if GATED and not REVERSE:
-        tl.store(S_exit + at, state, mask=mask)
+                _store(partner, with_x, t, first, length, block, H, DC, BC, C, ROWS)
+            o += tl.trans(tc) * itself[None, :]
+        _store(out, o * scale, t, first, length, block, H, DC, BC, C, ROWS)
+        if C == 0:
+            state = _decayed(state, after, ALONG)
+        else:
+            onward = _between(between, j - 1 if REVERSE else j, length, keys, DG, C, ROWS)
+            state = _decayed(state, onward, ALONG)
+    return state
+
+
+@triton.jit
+def _short_sums(g, first, t, length, heads, keys, rows, D: tl.constexpr):
+    """Of a short chunk: the sum between its anchor and each token, and those of its halves."""
+    row = heads.to(tl.int64) * D
+    at = (first * D + (t + rows) * row)[:, None] + keys[None, :]
+    early = rows < SHORT // 2
+    late = (rows >= SHORT // 2) & (rows < SHORT)
+    inside = (t + rows < length)[:, None] & (keys < D)[None, :]
+    following = (t + rows + 1 < length)[:, None] & (keys < D)[None, :]
+    own = _log_decays(g, at, early[:, None] & inside)
+    # Sums from a token to the anchor are made of what follows the token: a difference of two sums would round.
+    onward = _log_decays(g, at + row, (rows < SHORT // 2 - 1)[:, None] & following)
+    beyond = _log_decays(g, at, late[:, None] & inside)
+    least = -FARTHEST / (SHORT // 2)
+    far = (tl.sum(own, 0) < -FARTHEST)[None, :]
+    own, onward = tl.where(far, tl.maximum(own, least), own), tl.where(far, tl.maximum(onward, least), onward)
+    beyond = tl.where((tl.sum(beyond, 0) < -FARTHEST)[None, :], tl.maximum(beyond, least), beyond)
+    sums = tl.cumsum(beyond, 0) - tl.cumsum(onward, 0, reverse=True)
+    return sums, tl.sum(own, 0), tl.sum(beyond, 0)
+
+
+@triton.jit
+def _between(between, tile, length, keys, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
+    """The sums from a tile's anchor to that of the next, or the segment's end."""
+    anchor = tile // (C // ROWS)
+    onward = (tile >= 0) & (anchor * C < length)
+    if ROWS < C:
+        # Tiles on both sides of an anchor share it.
+        onward &= tile % 2 == 0
+    return tl.load(between + anchor * D + keys, mask=(keys < D) & onward, other=0.0)
+
+
+@triton.jit
+def _decayed(state, sums, ALONG: tl.constexpr):
+    decay = tl.exp2(sums)
+    return state * decay[None, :] if ALONG else state * decay[:, None]
+
+
+@triton.jit
+def _store(
+    x, tile, t, first, length, block, heads, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
+):
+    """Write a chunk's results, given transposed: ``[BD, ROWS]``. A descriptor does not write from before its start."""
+    rows = t + tl.arange(0, ROWS)
+    columns = block * BD + tl.arange(0, BD)
+    end = length if C > 0 else tl.minimum(length, t + SHORT)
+    at = (first + rows * heads.to(tl.int64))[:, None] * D + columns[None, :]
+    inside = ((rows >= 0) & (rows < end))[:, None] & (columns < D)[None, :]
+    tl.store(x + at, tl.trans(tile).to(x.dtype.element_ty), mask=inside)

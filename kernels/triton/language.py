@@ -37,6 +37,49 @@ def add_product(sum, x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def split(x):
+    """A float32 tile in two parts, high and low: what bfloat16 keeps of it, and what it keeps of the rest."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def opaque(x):
+    """x, which is bfloat16, as a left operand that Triton does not look through.
+
+    It would make what it looks through a second time, in registers, and in every group of warps that multiplies with it.
+    """
+    if _WIDEN:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, is_pure=False, pack=2)
+
+
+@triton.jit
+def fine_product(sum, x, y, PRECISION: tl.constexpr):
+    """``sum + x @ y`` without rounding float32 tiles to the precision: "bf16" takes them in two parts, "tf32" in three."""
+    if PRECISION == "bf16":
+        if x.dtype == tl.float32:
+            high, low = split(x)
+            if y.dtype == tl.float32:
+                y_high, y_low = split(y)
+                sum = add_product(sum, high, y_high, PRECISION)
+                sum = add_product(sum, low, y_high, PRECISION)
+                sum = add_product(sum, high, y_low, PRECISION)
+            else:
+                sum = add_product(sum, low, y, PRECISION)
+                sum = add_product(sum, high, y, PRECISION)
+        elif y.dtype == tl.float32:
+            y_high, y_low = split(y)
+            sum = add_product(sum, x, y_high, PRECISION)
+            sum = add_product(sum, x, y_low, PRECISION)
+        else:
+            sum = add_product(sum, x, y, PRECISION)
+    else:
+        sum = add_product(sum, x, y, "tf32x3" if PRECISION == "tf32" else PRECISION)
+    return sum
+
+
+@triton.jit
 def tokens_of(x, first, length, heads, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
     """One head's rows of ``x: [B, T, H, D]`` in a segment of `length` tokens, in tiles ``[C, BD]``.
 

@@ -31,6 +31,8 @@ class Kernel:
     def __init__(self, function: Any):
         self.function = function
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        #: Which of the arguments are tensors.
+        self._tensors: tuple[int, ...] | None = None
 
     def __call__(self, grid: tuple[int, int, int], *arguments: Any, warps: int, **constants: Any) -> None:
         """Launch it on the device of the first argument."""
@@ -46,15 +48,19 @@ class Kernel:
         else:
             # The autograd engine's threads do not inherit the allocator.
             triton.set_allocator(_scratch)
+            if self._tensors is None:
+                self._tensors = tuple(i for i, x in enumerate(arguments) if isinstance(x, Tensor))
             values = tuple(constants.values())
-            # Addresses spare the launcher a question to the driver for each tensor.
-            places = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-            key = (first.device.index, warps, values, *[x.dtype for x in arguments if isinstance(x, Tensor)])
+            key = (first.device.index, warps, values, *[arguments[i].dtype for i in self._tensors])
             compiled = self._compiled.get(key)
             if compiled is None:
                 assert list(constants) == self.function.arg_names[-len(constants) :], "constants stand last, in order"
                 self._compiled[key] = self._compile(grid, arguments, warps, constants)
             else:
+                # Addresses spare the launcher a question to the driver for each tensor.
+                places = list(arguments)
+                for i in self._tensors:
+                    places[i] = arguments[i].data_ptr()
                 compiled[grid](*places, *values)
 
     def _check(self, arguments: tuple[Any, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,25 +13,20 @@ from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton import head_decay, key_decay
 from lasp.kernels.triton.launch import Kernel, ready
-from lasp.kernels.triton.tiling import MARK, column_tiles, key_tiles, processors, segment_size, tiles
+from lasp.kernels.triton.tiling import column_tiles, key_tiles, processors, segment_size, tiles
 
 _NONE, _CONSTANT, _BY_TOKEN = (kind.value for kind in (head_decay.NONE, head_decay.CONSTANT, head_decay.BY_TOKEN))
 #: How products are computed for the dtypes that the kernels take.
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
-#: And those of queries and keys that were decayed each for itself, and have more digits for it.
-PAIRS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
 
 cumulate = Kernel(head_decay.cumulate)
 summarise = Kernel(head_decay.summarise)
 attend = Kernel(head_decay.attend)
 attend_back = Kernel(head_decay.attend_back)
-multiply_marks = Kernel(head_decay.multiply_marks)
 gate_gradient = Kernel(head_decay.gate_gradient)
 cumulate_keys = Kernel(key_decay.cumulate_keys)
 summarise_keys = Kernel(key_decay.summarise_keys)
-pair_up = Kernel(key_decay.pair_up)
-attend_along_keys = Kernel(key_decay.attend_along_keys)
-attend_across_keys = Kernel(key_decay.attend_across_keys)
+attend_keys = Kernel(key_decay.attend_keys)
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ class TritonHeadDecay(Recurrence):
         if gated:
             B, T, H, K = q.shape
             blocks = tiles(tokens.v.shape[-1], K, q.dtype).blocks
-            kept = (torch.empty(blocks, B, H, T, dtype=torch.float32, device=q.device), _marks(tokens, segments))
+            kept = (torch.empty(blocks, B, H, T, dtype=torch.float32, device=q.device),)
         self._attend(ready(do), tokens.v, tokens.k, dq, tokens, entry, segments, scale, True, q, kept)
         return dq, kept
 
@@ -114,21 +110,20 @@ class TritonHeadDecay(Recurrence):
         bounds = segments.bounds(k.device)
         kind, g, G = self._decay(tokens)
         for_v, for_k = tiles(K, V, k.dtype), tiles(V, K, k.dtype)
-        k_dk = S_dS = dS_marks = entry
-        _, marks = segments.marks(MARK, k.device)
+        k_dk = S_dS = entry
         if gated:
-            k_dk, dS_marks = torch.empty_like(kept[0]), torch.empty_like(kept[1])
+            k_dk = torch.empty_like(kept[0])
             S_dS = torch.empty(for_k.blocks, B, H, n, dtype=torch.float32, device=k.device)
         # Gated, the two differ too much to run side by side.
         roles = [("both", for_v)] if K == V and not gated else [("dv", for_v), ("dk", for_k)]
         for role, tile in roles:
             attend_back(
                 ((2 if role == "both" else 1) * tile.blocks, B * H, n),
-                q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, dS_marks, bounds, marks,
+                q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, bounds,
                 scale, 1 / scale, T, H, n,
                 K=K, V=V, BK=tiles(K, V, k.dtype).BA, BV=tiles(V, K, k.dtype).BA, BLOCK=tile.BC, C=tile.C, ROLE=role,
-                DECAY=kind, EXACT=_exact(k), GATED=gated and role == "dk", MARK=MARK, STAGES=tile.stages,
-                PRECISION=PRECISION[k.dtype], warps=tile.warps,
+                DECAY=kind, EXACT=_exact(k), GATED=gated and role == "dk", STAGES=tile.stages, PRECISION=PRECISION[k.dtype],
+                warps=tile.warps,
             )  # fmt: skip
         if not gated:
             return Tokens(dk, dv)
@@ -138,12 +133,9 @@ class TritonHeadDecay(Recurrence):
             if constant
             else torch.empty_like(tokens.gates[0])
         )
-        marks_dS = torch.empty(kept[1].shape[:3], dtype=torch.float32, device=k.device)
-        multiply_marks((marks_dS.numel(), 1, 1), kept[1], dS_marks, marks_dS, SIZE=K * V, BLOCK=2048, warps=4)
         gate_gradient(
-            (B * H, n, 1), dg, kept[0], k_dk, S_dS, marks_dS, bounds, marks, T, H, n, for_k.blocks, scale,
-            DECAY=kind, MARK=MARK, warps=1,
-        )  # fmt: skip
+            (B * H, n, 1), dg, kept[0], k_dk, S_dS, bounds, T, H, n, for_k.blocks, DECAY=kind, BLOCK=1024, warps=4
+        )
         return Tokens(dk, dv, (dg.sum((0, 2)).to(tokens.gates[0].dtype) if constant else dg,))
 
     def _decay(self, tokens: Tokens) -> tuple[int, Tensor, Tensor]:
@@ -163,7 +155,7 @@ class TritonHeadDecay(Recurrence):
         kind, g, G = self._decay(tokens)
         S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
         if kind == _NONE:
-            A = S.new_ones(()).expand(1, n, 1)
+            A = _one(S.device).expand(1, n, 1)
         else:
             A = torch.empty(B, n, H, dtype=torch.float32, device=b.device)
         summarise(
@@ -182,14 +174,12 @@ class TritonHeadDecay(Recurrence):
         DC, n = c.shape[-1], len(segments)
         tile = tiles(DA, DC, a.dtype)
         kind, g, G = self._decay(tokens)
-        x_out, S_marks = kept if kept else (S, S)
-        _, marks = segments.marks(MARK, a.device)
         attend(
             (B * H, n, tile.blocks),
-            a, b, c, out, g, G, S, a if x is None else x, x_out, S_marks,
-            segments.bounds(a.device), marks, scale, T, H, n,
+            a, b, c, out, g, G, S, a if x is None else x, kept[0] if kept else S,
+            segments.bounds(a.device), scale, T, H, n,
             DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ACROSS=across, EXACT=_exact(a),
-            GATED=bool(kept), MARK=MARK, STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
+            GATED=bool(kept), STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
         )  # fmt: skip
 
 
@@ -215,10 +205,16 @@ class TritonKeyDecay(Recurrence):
         k, v, g = ready(tokens.k), ready(tokens.v), ready(tokens.gates[0])
         B, T, H, K = k.shape
         tile = key_tiles(K, v.shape[-1], k.dtype)
+        anchors, marks = self._anchors(tokens, segments)
+        programs = min(64, -(-segments.size // tile.C))
         G = torch.empty(B, T, H, K, dtype=torch.float32, device=k.device)
-        grid = (B * H, len(segments), min(64, -(-segments.size // tile.C)))
-        cumulate_keys(grid, g, G, segments.bounds(g.device), T, H, K=K, C=tile.C, BK=tile.BA, warps=4)
-        return Tokens(k, v, (g, G))
+        between = G.new_empty(B, H, anchors, K)
+        farthest = G.new_empty(B, H, len(segments), programs)
+        cumulate_keys(
+            (B * H, len(segments), programs), g, G, between, farthest, segments.bounds(g.device), marks, T, H, anchors,
+            K=K, C=tile.C, BK=tile.BA, warps=4,
+        )  # fmt: skip
+        return Tokens(k, v, (g, G, between, farthest))
 
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
         return self._summary(tokens.k, tokens.v, tokens, segments, 1.0, False)
@@ -227,16 +223,25 @@ class TritonKeyDecay(Recurrence):
         return self._summary(ready(q), ready(do), tokens, segments, scale, True)
 
     def output(self, q: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float) -> Tensor:
-        q = ready(q)
-        pairs = self._pairs(q, tokens, segments)
-        return self._along(q, tokens.k, tokens.v, pairs, tokens, entry, segments, scale, False)
+        return self._attend(ready(q), tokens.k, tokens.v, tokens, entry, segments, scale, along=True, reverse=False)
 
     def query_gradient(
         self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q, (_, G) = ready(q), tokens.gates
+        q, G = ready(q), tokens.gates[1]
         kept = (torch.empty_like(G), torch.empty_like(entry)) if gated else ()
-        dq = self._across(ready(do), tokens.v, tokens.k, q, tokens, entry, kept, G, segments, scale, False)
+        dq = self._attend(
+            ready(do),
+            tokens.v,
+            tokens.k,
+            tokens,
+            entry,
+            segments,
+            scale,
+            False,
+            False,
+            (q, *kept, G) if gated else None,
+        )
         return dq, kept
 
     def token_gradients(
@@ -251,15 +256,19 @@ class TritonKeyDecay(Recurrence):
         gated: bool,
         kept: tuple[Tensor, ...],
     ) -> Tokens:
-        q, do, (g, G) = ready(q), ready(do), tokens.gates
-        pairs = self._pairs(q, tokens, segments)
-        dv = self._along(tokens.k, q, do, pairs, tokens, exit_gradient, segments, scale, True)
-        del pairs
-        dg = G
-        if gated:
-            dg = kept[0] if g.dtype == torch.float32 else torch.empty_like(g)
-        dk = self._across(tokens.v, do, q, tokens.k, tokens, exit_gradient, kept, dg, segments, scale, True)
-        return Tokens(dk, dv, (dg,) if gated else ())
+        q, do, k, g = ready(q), ready(do), tokens.k, tokens.gates[0]
+        dv = self._attend(k, q, do, tokens, exit_gradient, segments, scale, along=True, reverse=True)
+        if not gated:
+            return Tokens(self._attend(tokens.v, do, q, tokens, exit_gradient, segments, scale, False, True), dv)
+        dg = kept[0] if g.dtype == torch.float32 else torch.empty_like(g)
+        dk = self._attend(tokens.v, do, q, tokens, exit_gradient, segments, scale, False, True, (k, *kept, dg))
+        return Tokens(dk, dv, (dg,))
+
+    def _anchors(self, tokens: Tokens, segments: Segments) -> tuple[int, Tensor]:
+        """How many chunks there are, and how many more of them than segments before each segment."""
+        C = key_tiles(tokens.k.shape[-1], tokens.v.shape[-1], tokens.k.dtype).C
+        inner, marks = segments.marks(C, tokens.k.device)
+        return inner + len(segments), marks
 
     def _summary(
         self, b: Tensor, c: Tensor, tokens: Tokens, segments: Segments, scale: float, reverse: bool
@@ -267,61 +276,38 @@ class TritonKeyDecay(Recurrence):
         B, T, H, DB = b.shape
         DC, n = c.shape[-1], len(segments)
         tile = key_tiles(DB, DC, b.dtype)
+        anchors, marks = self._anchors(tokens, segments)
+        _, G, between, _ = tokens.gates
         S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
         A = torch.empty(B, n, H, DB, dtype=torch.float32, device=b.device)
         summarise_keys(
             (B * H, n, tile.blocks),
-            b, c, tokens.gates[1], A, S, segments.bounds(b.device), scale, T, H, n,
+            b, c, G, between, A, S, segments.bounds(b.device), marks, scale, T, H, n, anchors,
             DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, STAGES=tile.stages,
             PRECISION=PRECISION[b.dtype], warps=tile.warps,
         )  # fmt: skip
         return Summary(A, S)
 
-    def _pairs(self, q: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
-        """What `attend_along_keys` needs of queries and keys: ``[B, T, H, C]``."""
-        B, T, H, K = q.shape
-        tile = key_tiles(K, tokens.v.shape[-1], q.dtype)
-        P = torch.empty(B, T, H, tile.C, dtype=q.dtype, device=q.device)
-        pair_up(
-            (B * H, len(segments), min(64, -(-segments.size // tile.C))),
-            q, tokens.k, tokens.gates[1], P, segments.bounds(q.device), T, H,
-            K=K, BK=min(tile.BA, 32), C=tile.C, LEVELS=_levels(tile.C), PRECISION=PAIRS[q.dtype], warps=4,
-        )  # fmt: skip
-        return P
-
-    def _along(
-        self, a: Tensor, b: Tensor, c: Tensor, P: Tensor, tokens: Tokens, S: Tensor, segments: Segments, scale: float,
-        reverse: bool,
+    def _attend(
+        self, a: Tensor, b: Tensor, c: Tensor, tokens: Tokens, S: Tensor, segments: Segments, scale: float, along: bool,
+        reverse: bool, gated: tuple[Tensor, ...] | None = None,
     ) -> Tensor:  # fmt: skip
         B, T, H, DA = a.shape
         DC, n = c.shape[-1], len(segments)
         out = torch.empty_like(c)
-        tile = key_tiles(DA, DC, a.dtype)
-        # The states' gradients have the scale in them.
-        unscale = 1 / scale if reverse else 1.0
-        attend_along_keys(
+        C = key_tiles(DA, DC, a.dtype).C
+        tile = (key_tiles if along else column_tiles)(DA, DC, a.dtype)
+        anchors, marks = self._anchors(tokens, segments)
+        g, G, between, farthest = tokens.gates
+        x, partner, S_exit, dg = gated or (out, G, S, G)
+        attend_keys(
             (B * H, n, tile.blocks),
-            a, b, c, out, P, tokens.gates[1], S, segments.bounds(a.device), scale, unscale, T, H, n,
-            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, STAGES=tile.stages,
-            PRECISION=PRECISION[a.dtype], warps=tile.warps,
-        )  # fmt: skip
-        return out
-
-    def _across(
-        self, a: Tensor, b: Tensor, c: Tensor, x: Tensor, tokens: Tokens, S: Tensor, kept: tuple[Tensor, ...],
-        dg: Tensor, segments: Segments, scale: float, reverse: bool,
-    ) -> Tensor:  # fmt: skip
-        B, T, H, DA = a.shape
-        DC, n = c.shape[-1], len(segments)
-        out = torch.empty_like(c)
-        tile, summed = column_tiles(DA, DC, a.dtype), key_tiles(DA, DC, a.dtype).C
-        partner, S_exit = kept if kept else (S, S)
-        unscale = 1 / scale if reverse else 1.0
-        attend_across_keys(
-            (B * H, n, tile.blocks),
-            a, b, c, out, x, tokens.gates[1], S, S_exit, partner, dg, segments.bounds(a.device), scale, unscale, T, H, n,
-            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, SUMMED=summed, REVERSE=reverse, GATED=bool(kept),
-            LEVELS=_levels(tile.C), STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
+            a, b, c, out, x, g, G, between, farthest, S, S_exit, partner, dg, segments.bounds(a.device), marks,
+            # The states' gradients have the scale in them.
+            scale, 1 / scale if reverse else 1.0,
+            T, H, n, anchors, farthest.shape[-1],
+            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=0 if _exact(a) else C, ROWS=tile.C, ALONG=along, REVERSE=reverse,
+            GATED=gated is not None, STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
         )  # fmt: skip
         return out
 
@@ -333,18 +319,9 @@ def triton_decay(tokens: Tokens) -> Recurrence:
     return TritonHeadDecay.of(tokens)
 
 
-def _marks(tokens: Tokens, segments: Segments) -> Tensor:
-    """Room for the states every `MARK` tokens inside the segments: ``[marks, B, H, K, V]``."""
-    count, _ = segments.marks(MARK, tokens.k.device)
-    # A constant decay's gradient sums over all tokens, and an error of a mark with it.
-    short = tokens.k.dtype == torch.bfloat16 and tokens.gates[0].dim() > 1
-    dtype = torch.bfloat16 if short else torch.float32
-    return torch.empty(count, tokens.k.shape[0], *tokens.state_shape, dtype=dtype, device=tokens.k.device)
-
-
-def _levels(C: int) -> int:
-    """How often a chunk of C tokens is halved to those that are near."""
-    return (C // key_decay.NEAR.value).bit_length() - 1
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 def _exact(x: Tensor) -> bool:

@@ -99,21 +99,22 @@ def compose(course: Course, maps: Summary, seeds: Tensor | None) -> tuple[Summar
     whole = maps.empty(course.runs)
     at = course.on(B.device)
     chains = len(at.seed)
-    block = min(2048, triton.next_power_of_2(K * V))
+    block = min(2048, 1 << (K * V - 1).bit_length())
     if seeds is not None:
         seeds = ready(seeds)
 
-    def strides(x: Tensor) -> tuple[int, int, int]:
-        # The identity family has one number for all.
-        return (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2) if x.shape[2] > 1 else 0)
-
     _compose(
-        (chains, batch * H, triton.cdiv(K * V, block)),
+        (chains, batch * H, -(-K * V // block)),
         A, B, B if seeds is None else seeds, before.A, before.B, whole.A, whole.B,
         at.order, at.first, at.seed, at.whole, at.slot, H,
-        *strides(A), B.stride(0), B.stride(1), 0 if seeds is None else seeds.stride(0),
-        *strides(before.A), before.B.stride(0), before.B.stride(1),
-        *strides(whole.A), whole.B.stride(0), whole.B.stride(1),
+        *_strides(A), *B.stride()[:2], 0 if seeds is None else seeds.stride(0),
+        *_strides(before.A), *before.B.stride()[:2], *_strides(whole.A), *whole.B.stride()[:2],
         KV=K * V, V=V, DIAGONAL=A.dim() == 4, SEEDED=seeds is not None, BLOCK=block, warps=4,
     )  # fmt: skip
     return before, whole
+
+
+def _strides(A: Tensor) -> tuple[int, int, int]:
+    """Those of a transition's batch, map and head. The identity family has one number for all."""
+    batch, map, head, *_ = A.stride()
+    return (batch if A.shape[0] > 1 else 0, map, head if A.shape[2] > 1 else 0)

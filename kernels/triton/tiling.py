@@ -12,9 +12,6 @@ import torch
 
 from lasp.kernels.triton.language import INTERPRETED
 
-#: The gates' gradient is a running sum of terms that cancel; it starts anew from a state every so many tokens.
-MARK = 32 if INTERPRETED else 256
-
 
 @dataclass(frozen=True)
 class Tiles:
@@ -57,12 +54,12 @@ def tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
 
 @cache
 def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `key_decay`'s kernels."""
+    """The tiles of `key_decay`'s kernels. C is the same for K and V as for V and K: sums are made for all of them."""
     BA, BC = padded(DA), padded(DC)
     if dtype != torch.bfloat16:
-        C, warps, stages, BC = 16, 4, 1, min(BC, 32)
+        # float32 is walked in short chunks; these are for what needs no pairs.
+        C, warps, stages, BC = 16 if dtype == torch.float32 else 32, 4, 1, min(BC, 32)
     elif max(BA, BC) > 128:
-        # The same C for K and V as for V and K: the running sums are made for all kernels.
         C, warps, stages, BC = 32, 8, 1, min(BC, 64)
     else:
         C, warps, stages, BC = 64, 8, 2, min(BC, 128)
@@ -73,12 +70,9 @@ def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
 
 @cache
 def column_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `key_decay.attend_across_keys`, whose chunks may be halves of `key_tiles`'."""
+    """Those of `key_decay.attend_keys` where the decay is on the columns: half the rows, so that nothing is spilled."""
     tile = key_tiles(DA, DC, dtype)
-    if dtype != torch.bfloat16:
-        return tile
-    BC = min(tile.BC, 64)
-    return replace(tile, BC=BC, blocks=-(-DC // BC), C=tile.C // 2, warps=4 if tile.BA <= 128 else 8)
+    return replace(tile, C=max(tile.C // 2, 16), stages=3 if tile.stages > 1 else 1)
 
 
 def padded(width: int) -> int:
