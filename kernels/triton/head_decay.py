@@ -296,9 +296,9 @@ def _attend(
     count = tl.cdiv(length, C)
     last = (count - 1) * C
     if DECAY == BY_TOKEN:
-        # A number is read a chunk ahead: nothing else hides the wait for it.
+        # Read a chunk ahead: nothing else hides the wait for them.
         begin = last if REVERSE else 0
-        next_whole = tl.load(G + along + tl.minimum(begin + C, length) - 1)
+        next_within, next_whole = _sums(G + along + begin, length - begin, rows, C)
     for i in tl.range(0, count, num_stages=STAGES):
         t = (count - 1 - i) * C if REVERSE else i * C
         ta = tl.trans(As.load([t, 0]))
@@ -319,9 +319,12 @@ def _attend(
                 within = rate * tl.minimum(rows + 1, valid)
                 whole = rate * valid
             else:
-                within, whole = tl.load(G + along + t + rows, mask=rows < valid, other=0.0), next_whole
+                within, whole = next_within, next_whole
                 following = tl.maximum(t - C, 0) if REVERSE else tl.minimum(t + C, last)
-                next_whole = tl.load(G + along + tl.minimum(following + C, length) - 1)
+                next_within, next_whole = _sums(G + along + following, length - following, rows, C)
+                if GATED:
+                    # They would be spilled.
+                    within = tl.load(G + along + t + rows, mask=rows < valid, other=0.0)
             enter = within
             if DECAY == CONSTANT:
                 leave = rate * tl.maximum(valid - 1 - rows, 0)

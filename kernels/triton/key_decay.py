@@ -17,9 +17,9 @@ For products of tiles ``e^{G_i − G_j}`` is a factor of i times a factor of j (
 4.3). Here the tokens of a chunk meet in its middle, the chunk's *anchor*, where the state meets them too: G is counted from
 there. Anchors are the segment's start, every C tokens from it, and its end. One of the two factors may be above 1; it stays
 far from overflow while no half of a chunk decays by more than `FARTHEST`. Where one does, which `cumulate_keys` finds out,
-the segment is walked in chunks of `SHORT` tokens; where half of one of these does, a token counts for no more than its part
-of `FARTHEST`, 2⁻²⁵, which is below the last digit of a float32 beside 1. No strength of decay is out of bounds, and all but
-the factors runs on the tensor cores.
+the segment is walked in short chunks; where half of one of these does, a token decays for no more than its part of `FARTHEST`,
+below the last digit of the inputs beside 1: 2⁻¹²·⁵ in chunks of 16 tokens, 2⁻²⁵ for float32 in chunks of 8. No strength of
+decay is out of bounds, and all but the factors runs on the tensor cores.
 
 Factors, states and pairs are float32, and enter products of bfloat16 tiles in two parts, high and low: what is rounded to
 bfloat16 is the result.
@@ -32,8 +32,6 @@ import triton.language as tl
 
 from lasp.kernels.triton.language import LOG2E, add_product, fine_product, opaque, product, split, tokens_of
 
-#: The chunks of segments that decay too strongly for longer ones.
-SHORT: tl.constexpr = tl.constexpr(8)
 #: The least log-decay of one token, in powers of two.
 LEAST: tl.constexpr = tl.constexpr(-40.0)
 #: By how many powers of two half a chunk may decay.
@@ -177,6 +175,7 @@ def attend_keys(
     BC: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
+    SHORT: tl.constexpr,
     ALONG: tl.constexpr,
     REVERSE: tl.constexpr,
     GATED: tl.constexpr,
@@ -185,7 +184,8 @@ def attend_keys(
 ):
     """o and, REVERSE, dv, where the decay is ALONG the axis of products; or dq and dk.
 
-    Chunks of C tokens, 0 for short ones alone, in tiles of ROWS: C, or half of it, on one side of an anchor.
+    Chunks of C tokens, 0 for short ones alone, in tiles of ROWS: C, or half of it, on one side of an anchor. SHORT: tokens of
+    a short chunk, at most 16, in tiles of 16.
     Grid: (B · H, segments, blocks of BC columns). The states at the segments' starts, REVERSE: ends, are ``S: [B, n, H, DA,
     DC]`` ALONG, else ``[B, n, H, DC, DA]``.
 
@@ -220,12 +220,12 @@ def attend_keys(
     if far:
         state = _walk(
             state, passing, a, b, c, out, x, g, g, partner, dg, first, length, block, scale, H,
-            DA, DC, BA, BC, 0, 16, ALONG, REVERSE, GATED, 1, PRECISION,
+            DA, DC, BA, BC, 0, 16, SHORT, ALONG, REVERSE, GATED, STAGES, PRECISION,
         )  # fmt: skip
     elif C > 0:
         state = _walk(
             state, passing, a, b, c, out, x, G, between, partner, dg, first, length, block, scale, H,
-            DA, DC, BA, BC, C, ROWS, ALONG, REVERSE, GATED, STAGES, PRECISION,
+            DA, DC, BA, BC, C, ROWS, SHORT, ALONG, REVERSE, GATED, STAGES, PRECISION,
         )  # fmt: skip
     if GATED and not REVERSE:
         tl.store(S_exit + at, state, mask=inside)
@@ -235,7 +235,8 @@ def attend_keys(
 def _walk(
     state, passing, a, b, c, out, x, G, between, partner, dg, first, length, block, scale, H,
     DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    ALONG: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SHORT: tl.constexpr, ALONG: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment and one block of columns, from the state ``[BC, BA]`` at its start (REVERSE: its end) to the other's.
 
@@ -277,11 +278,13 @@ def _walk(
             if REVERSE:
                 sums = -sums
             leave = tl.exp2(-sums)
+            end = length
         else:
             t = j * SHORT
             # The rows beyond are the next chunk's.
-            valid = rows < tl.minimum(length - t, SHORT)
-            sums, before, after = _short_sums(G, first, t, length, H, keys, rows, DG)
+            end = tl.minimum(length, t + SHORT)
+            valid = t + rows < end
+            sums, before, after = _short_sums(G, first, t, length, H, keys, rows, DG, SHORT)
             if REVERSE:
                 before, after = after, before
                 sums = -sums
@@ -330,12 +333,12 @@ def _walk(
                     gradient = fine_product(nothing + passing[:, None], change, onwards.to(tl.bfloat16), PRECISION)
                 else:
                     gradient = passing[:, None] + tl.cumsum(change, 1, reverse=True)
-                _store(dg, gradient, t, first, length, block, H, DC, BC, C, ROWS)
+                _store(dg, gradient, t, first, end, block, H, DC, BC, ROWS)
                 passing += tl.sum(change, 1)
             else:
-                _store(partner, with_x, t, first, length, block, H, DC, BC, C, ROWS)
+                _store(partner, with_x, t, first, end, block, H, DC, BC, ROWS)
             o += tl.trans(tc) * itself[None, :]
-        _store(out, o * scale, t, first, length, block, H, DC, BC, C, ROWS)
+        _store(out, o * scale, t, first, end, block, H, DC, BC, ROWS)
         if C == 0:
             state = _decayed(state, after, ALONG)
         else:
@@ -345,7 +348,7 @@ def _walk(
 
 
 @triton.jit
-def _short_sums(g, first, t, length, heads, keys, rows, D: tl.constexpr):
+def _short_sums(g, first, t, length, heads, keys, rows, D: tl.constexpr, SHORT: tl.constexpr):
     """Of a short chunk: the sum between its anchor and each token, and those of its halves."""
     row = heads.to(tl.int64) * D
     at = (first * D + (t + rows) * row)[:, None] + keys[None, :]
@@ -383,13 +386,10 @@ def _decayed(state, sums, ALONG: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    x, tile, t, first, length, block, heads, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
-):
+def _store(x, tile, t, first, end, block, heads, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
     """Write a chunk's results, given transposed: ``[BD, ROWS]``. A descriptor does not write from before its start."""
     rows = t + tl.arange(0, ROWS)
     columns = block * BD + tl.arange(0, BD)
-    end = length if C > 0 else tl.minimum(length, t + SHORT)
     at = (first + rows * heads.to(tl.int64))[:, None] * D + columns[None, :]
     inside = ((rows >= 0) & (rows < end))[:, None] & (columns < D)[None, :]
     tl.store(x + at, tl.trans(tile).to(x.dtype.element_ty), mask=inside)

@@ -306,8 +306,9 @@ class TritonKeyDecay(Recurrence):
             # The states' gradients have the scale in them.
             scale, 1 / scale if reverse else 1.0,
             T, H, n, anchors, farthest.shape[-1],
-            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=0 if _exact(a) else C, ROWS=tile.C, ALONG=along, REVERSE=reverse,
-            GATED=gated is not None, STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
+            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=0 if _exact(a) else C, ROWS=tile.C, SHORT=8 if _exact(a) else 16,
+            ALONG=along, REVERSE=reverse, GATED=gated is not None, STAGES=tile.stages, PRECISION=PRECISION[a.dtype],
+            warps=tile.warps,
         )  # fmt: skip
         return out
 

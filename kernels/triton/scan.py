@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,7 +88,44 @@ def compose_chains(
         tl.store(B_whole + batch * Xb + run * Xn + head * KV + cell, s, mask=inside)
 
 
+# As above.
+@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["A", "B", "S"])
+def enter_slots(
+    A,
+    B,
+    S,
+    out,
+    run,
+    H,
+    Ab: tl.int64,
+    An: tl.int64,
+    Ah: tl.int64,
+    Bb: tl.int64,
+    Bn: tl.int64,
+    Sb: tl.int64,
+    Sn: tl.int64,
+    Ob: tl.int64,
+    On: tl.int64,
+    KV: tl.constexpr,
+    V: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``A · S + B`` with the state of each slot's run. Grid: (slots, B · H, blocks of BLOCK numbers of a state)."""
+    slot = tl.program_id(0)
+    batch = (tl.program_id(1) // H).to(tl.int64)
+    head = (tl.program_id(1) % H).to(tl.int64)
+    cell = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = cell < KV
+    row = cell // V if DIAGONAL else cell * 0
+    a = tl.load(A + batch * Ab + slot * An + head * Ah + row, mask=inside, other=0.0)
+    s = tl.load(S + batch * Sb + tl.load(run + slot) * Sn + head * KV + cell, mask=inside, other=0.0)
+    s = s * a + tl.load(B + batch * Bb + slot * Bn + head * KV + cell, mask=inside, other=0.0)
+    tl.store(out + batch * Ob + slot * On + head * KV + cell, s, mask=inside)
+
+
 _compose = Kernel(compose_chains)
+_enter = Kernel(enter_slots)
 
 
 def compose(course: Course, maps: Summary, seeds: Tensor | None) -> tuple[Summary, Summary]:
@@ -112,6 +150,21 @@ def compose(course: Course, maps: Summary, seeds: Tensor | None) -> tuple[Summar
         KV=K * V, V=V, DIAGONAL=A.dim() == 4, SEEDED=seeds is not None, BLOCK=block, warps=4,
     )  # fmt: skip
     return before, whole
+
+
+def enter(course: Course, before: Summary, entering: Tensor) -> Tensor:
+    """`Course.enter` likewise, where something enters."""
+    A, B = before.A, before.B
+    batch, slots, H, K, V = B.shape
+    out = torch.empty_like(B, memory_format=torch.contiguous_format)
+    block = min(2048, 1 << (K * V - 1).bit_length())
+    _enter(
+        (slots, batch * H, -(-K * V // block)),
+        A, B, entering, out, course.on(B.device).run, H,
+        *_strides(A), *B.stride()[:2], *entering.stride()[:2], *out.stride()[:2],
+        KV=K * V, V=V, DIAGONAL=A.dim() == 4, BLOCK=block, warps=4,
+    )  # fmt: skip
+    return out
 
 
 def _strides(A: Tensor) -> tuple[int, int, int]:

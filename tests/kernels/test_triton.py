@@ -15,7 +15,7 @@ from tests.support import Inputs, assert_close, poisoned_memory, relative_error
 
 pytest.importorskip("triton")
 from lasp.kernels.triton.recurrences import TritonHeadDecay, TritonKeyDecay
-from lasp.kernels.triton.scan import compose
+from lasp.kernels.triton.scan import compose, enter
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -151,6 +151,13 @@ def test_courses(family: str, seeded: bool, course: tuple) -> None:
         assert relative_error(ours.A, theirs.A) < 1e-6
         assert relative_error(ours.B, theirs.B) < 1e-6
         assert relative_error(ours.pack(), theirs.pack()) < 1e-6
+    if built.longest and not built.closed:
+        states = Inputs(2, torch.float32).normal(
+            maps.B.shape[0], max(runs, 1 + max(c.run for c in chains)), *maps.B.shape[2:]
+        )
+        with poisoned_memory():
+            states_before = enter(built, given_[0], states.to(DEVICE))
+        assert relative_error(states_before, built.enter(want[0], states.double())) < 1e-6
 
 
 @pytest.fixture
