@@ -77,10 +77,25 @@ def cumulate_keys(
     tl.store(farthest + program, tl.max(far))
 
 
+@triton.jit
+def _sums_to_edge(
+    g, first, t, length, heads, columns, rows, D: tl.constexpr, C: tl.constexpr, START: tl.constexpr
+):  # fmt: skip
+    """From the chunk's start to each of its tokens, that one included, or from after each to the chunk's end."""
+    row = heads.to(tl.int64) * D
+    at = (first * D + (t + rows) * row)[:, None] + columns[None, :]
+    inside = (columns < D)[None, :]
+    if START:
+        return tl.cumsum(_log_decays(g, at, (t + rows < length)[:, None] & inside), 0)
+    following = (rows + 1 < tl.minimum(length - t, C))[:, None] & inside
+    return tl.cumsum(_log_decays(g, at + row, following), 0, reverse=True)
+
+
 @triton.jit(do_not_specialize=["T", "H", "n", "anchors"])
 def summarise_keys(
     b,
     c,
+    g,
     G,
     between,
     A,
@@ -98,12 +113,13 @@ def summarise_keys(
     BC: tl.constexpr,
     C: tl.constexpr,
     REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``S: [B, n, H, DB, DC]``: scale · Σ (e^{..} ⊙ b) cᵀ of each segment, and its whole decay ``A: [B, n, H, DB]``.
 
-    Grid: (B · H, segments, blocks of BC columns).
+    Grid: (B · H, segments, blocks of BC columns). EXACT: sums of log-decays are no differences of longer ones.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -127,9 +143,12 @@ def summarise_keys(
         j = count - 1 - i if REVERSE else i
         tb = bs.load([j * C, 0])
         tc = cs.load([j * C, block * BC])
-        sums = gs.load([j * C, 0])
         whole = tl.load(between + j * DB + columns, mask=columns < DB, other=0.0)
-        sums = tl.where(other[:, None], whole[None, :], 0.0) + (sums if REVERSE else -sums)
+        if EXACT:
+            sums = _sums_to_edge(g, first, j * C, length, H, columns, rows, DB, C, REVERSE)
+        else:
+            sums = gs.load([j * C, 0])
+            sums = tl.where(other[:, None], whole[None, :], 0.0) + (sums if REVERSE else -sums)
         tb = tb.to(tl.float32) * tl.exp2(sums)
         state *= tl.exp2(whole)[:, None]
         decayed += whole

@@ -277,13 +277,13 @@ class TritonKeyDecay(Recurrence):
         DC, n = c.shape[-1], len(segments)
         tile = key_tiles(DB, DC, b.dtype)
         anchors, marks = self._anchors(tokens, segments)
-        _, G, between, _ = tokens.gates
+        g, G, between, _ = tokens.gates
         S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
         A = torch.empty(B, n, H, DB, dtype=torch.float32, device=b.device)
         summarise_keys(
             (B * H, n, tile.blocks),
-            b, c, G, between, A, S, segments.bounds(b.device), marks, scale, T, H, n, anchors,
-            DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, STAGES=tile.stages,
+            b, c, g, G, between, A, S, segments.bounds(b.device), marks, scale, T, H, n, anchors,
+            DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, EXACT=_exact(b), STAGES=tile.stages,
             PRECISION=PRECISION[b.dtype], warps=tile.warps,
         )  # fmt: skip
         return Summary(A, S)
