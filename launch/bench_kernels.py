@@ -459,7 +459,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_xticks([x + 0.2 for x in range(len(here))], [row.op for row in here], rotation=60, ha="right")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_title(shape, fontsize=9)
-    axes[0][0].set_ylabel("forward + backward over the memory's floor")
+    axes[0][0].set_ylabel("forward + backward,\ntimes the floor")
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

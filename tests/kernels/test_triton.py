@@ -20,6 +20,8 @@ from lasp.kernels.triton.scan import compose, enter
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+#: Of the gates' gradients, which are float32 as the gates are: nothing on the way to them is rounded to bfloat16.
+GATES_TOLERANCE = {**TOLERANCE, torch.bfloat16: 2e-3}
 #: The axes of the log-decays.
 DECAYS = {"none": None, "constant": "H", "by token": "B T H", "by key": "B T H K"}
 
@@ -61,7 +63,7 @@ def check(
     dtype: torch.dtype,
     lengths: tuple[int, ...],
     strength: float = 0.3,
-    tolerance: float | None = None,
+    gates_tolerance: float | None = None,
     **sizes: int,
 ) -> None:
     """Every function of a form, on segments of the given lengths, against PyTorch's in float64."""
@@ -91,7 +93,9 @@ def check(
         Tokens(wide[1], wide[2], tuple(g.double() for g in gates)),
         *wide[3:],
     )
-    assert_close(given, want, TOLERANCE[dtype] if tolerance is None else tolerance)
+    if gates:
+        assert relative_error(given.pop("dg"), want.pop("dg")) <= (gates_tolerance or GATES_TOLERANCE[dtype])
+    assert_close(given, want, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("decay", ["none", "constant", "by token"])
@@ -104,17 +108,14 @@ def test_one_number_a_head(decay: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_strong_number_a_head(decay: str, dtype: torch.dtype) -> None:
     # A constant decay's gradient is a sum over all tokens of what little a strong one lets through.
-    constant = decay == "constant"
-    tolerance = {torch.float32: 2e-5 if constant else 2e-6, torch.bfloat16: 1e-1 if constant else 3e-2}[dtype]
+    tolerance = 2e-5 if decay == "constant" and dtype == torch.float32 else None
     check(TritonHeadDecay, decay, dtype, (35, 20), 30, tolerance, B=1, H=2, K=16, V=16)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("strength", [0.3, 30])
 def test_one_number_a_key(dtype: torch.dtype, strength: float) -> None:
-    # In bfloat16 dq and dk are rounded twice, and a gate's gradient sums what many rounded tokens do.
-    tolerance = 2e-2 if dtype == torch.bfloat16 else None
-    check(TritonKeyDecay, "by key", dtype, (40, 1, 23), strength, tolerance, B=2, H=3, K=16, V=24)
+    check(TritonKeyDecay, "by key", dtype, (40, 1, 23), strength, B=2, H=3, K=16, V=24)
 
 
 @pytest.mark.parametrize("decay", ["by token", "by key"])
@@ -128,9 +129,7 @@ def test_widths(K: int, V: int, decay: str) -> None:
 @pytest.mark.parametrize(("K", "V"), [(32, 256), (256, 64)])
 def test_wide_bfloat16(K: int, V: int, decay: str) -> None:
     form = TritonKeyDecay if decay == "by key" else TritonHeadDecay
-    # A gate's gradient sums what many rounded tokens do, a constant one's that over all tokens.
-    tolerance = {"constant": 5e-2, "by token": 2e-2, "by key": 1e-2}[decay]
-    check(form, decay, torch.bfloat16, (150,), tolerance=tolerance, B=1, H=1, K=K, V=V)
+    check(form, decay, torch.bfloat16, (150,), B=1, H=1, K=K, V=V)
 
 
 @given(course=courses())
