@@ -32,7 +32,7 @@ class Segments:
         self.regular = all(length == size for length in self.lengths)
         self._tables: dict[torch.device, Tables] = {}
         self._bounds: dict[torch.device, Tensor] = {}
-        self._marks: dict[tuple[int, torch.device], tuple[int, Tensor]] = {}
+        self._chunks: dict[tuple[int, torch.device], tuple[int, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -46,12 +46,12 @@ class Segments:
             self._bounds[device] = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.long).to(device)
         return self._bounds[device]
 
-    def marks(self, every: int, device: torch.device) -> tuple[int, Tensor]:
-        """How many places lie a multiple of `every` tokens inside a segment, and how many before each: int64 ``[n + 1]``."""
-        if (every, device) not in self._marks:
-            counts = [0, *accumulate((length - 1) // every for length in self.lengths)]
-            self._marks[every, device] = counts[-1], torch.tensor(counts, dtype=torch.long).to(device)
-        return self._marks[every, device]
+    def chunks(self, size: int, device: torch.device) -> tuple[int, Tensor]:
+        """How many chunks of at most `size` tokens the segments have, and how many before each of them: int64 ``[n + 1]``."""
+        if (size, device) not in self._chunks:
+            counts = [0, *accumulate(-(-length // size) for length in self.lengths)]
+            self._chunks[size, device] = counts[-1], torch.tensor(counts, dtype=torch.long).to(device)
+        return self._chunks[size, device]
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B, T, ...]`` to ``[B, n, size, ...]``, the places after the end of a segment filled with zeros."""

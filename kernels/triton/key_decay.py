@@ -46,7 +46,7 @@ def _log_decays(g, at, mask):
 
 @triton.jit(do_not_specialize=["T", "H", "anchors"])
 def cumulate_keys(
-    g, G, between, farthest, bounds, marks, T, H, anchors, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
+    g, G, between, farthest, bounds, chunks, T, H, anchors, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
 ):
     """``G: [B, T, H, K]``: the sum of g from each token's nearest anchor to the token, above 0 where the anchor follows, in
     powers of two, float32; such sums from each anchor to the next, ``between: [B · H, anchors, K]``; and how far one is from
@@ -58,7 +58,7 @@ def cumulate_keys(
     segment = tl.program_id(1)
     start = tl.load(bounds + segment)
     length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first_anchor = bh * anchors + tl.load(marks + segment) + segment
+    first_anchor = bh * anchors + tl.load(chunks + segment)
     columns = tl.arange(0, BK)
     rows = tl.arange(0, C)
     far = tl.zeros([BK], dtype=tl.float32)
@@ -101,7 +101,7 @@ def summarise_keys(
     A,
     S,
     bounds,
-    marks,
+    chunks,
     scale,
     T,
     H,
@@ -131,7 +131,7 @@ def summarise_keys(
     bs = tokens_of(b, first, length, H, DB, C, BB)
     cs = tokens_of(c, first, length, H, DC, C, BC)
     gs = tokens_of(G, first, length, H, DB, C, BB)
-    between += (bh * anchors + tl.load(marks + segment) + segment) * DB
+    between += (bh * anchors + tl.load(chunks + segment)) * DB
     rows = tl.arange(0, C)
     columns = tl.arange(0, BB)
     state = tl.zeros([BB, BC], dtype=tl.float32)
@@ -180,7 +180,7 @@ def attend_keys(
     partner,
     dg,
     bounds,
-    marks,
+    chunks,
     scale,
     unscale,
     T,
@@ -233,7 +233,7 @@ def attend_keys(
         program = tl.arange(0, 64)
         own = tl.load(farthest + (bh * n + segment) * programs + program, mask=program < programs, other=0.0)
         far = tl.max(own) > FARTHEST
-        between += (bh * anchors + tl.load(marks + segment) + segment) * (DA if ALONG else DC)
+        between += (bh * anchors + tl.load(chunks + segment)) * (DA if ALONG else DC)
     else:
         far = length > 0
     if far:

@@ -205,13 +205,13 @@ class TritonKeyDecay(Recurrence):
         k, v, g = ready(tokens.k), ready(tokens.v), ready(tokens.gates[0])
         B, T, H, K = k.shape
         tile = key_tiles(K, v.shape[-1], k.dtype)
-        anchors, marks = self._anchors(tokens, segments)
+        anchors, chunks = self._anchors(tokens, segments)
         programs = min(64, -(-segments.size // tile.C))
         G = torch.empty(B, T, H, K, dtype=torch.float32, device=k.device)
         between = G.new_empty(B, H, anchors, K)
         farthest = G.new_empty(B, H, len(segments), programs)
         cumulate_keys(
-            (B * H, len(segments), programs), g, G, between, farthest, segments.bounds(g.device), marks, T, H, anchors,
+            (B * H, len(segments), programs), g, G, between, farthest, segments.bounds(g.device), chunks, T, H, anchors,
             K=K, C=tile.C, BK=tile.BA, warps=4,
         )  # fmt: skip
         return Tokens(k, v, (g, G, between, farthest))
@@ -265,10 +265,9 @@ class TritonKeyDecay(Recurrence):
         return Tokens(dk, dv, (dg,))
 
     def _anchors(self, tokens: Tokens, segments: Segments) -> tuple[int, Tensor]:
-        """How many chunks there are, and how many more of them than segments before each segment."""
+        """How many chunks, each with an anchor, the segments have, and how many before each of them."""
         C = key_tiles(tokens.k.shape[-1], tokens.v.shape[-1], tokens.k.dtype).C
-        inner, marks = segments.marks(C, tokens.k.device)
-        return inner + len(segments), marks
+        return segments.chunks(C, tokens.k.device)
 
     def _summary(
         self, b: Tensor, c: Tensor, tokens: Tokens, segments: Segments, scale: float, reverse: bool
@@ -276,13 +275,13 @@ class TritonKeyDecay(Recurrence):
         B, T, H, DB = b.shape
         DC, n = c.shape[-1], len(segments)
         tile = key_tiles(DB, DC, b.dtype)
-        anchors, marks = self._anchors(tokens, segments)
+        anchors, chunks = self._anchors(tokens, segments)
         g, G, between, _ = tokens.gates
         S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
         A = torch.empty(B, n, H, DB, dtype=torch.float32, device=b.device)
         summarise_keys(
             (B * H, n, tile.blocks),
-            b, c, g, G, between, A, S, segments.bounds(b.device), marks, scale, T, H, n, anchors,
+            b, c, g, G, between, A, S, segments.bounds(b.device), chunks, scale, T, H, n, anchors,
             DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, EXACT=_exact(b), STAGES=tile.stages,
             PRECISION=PRECISION[b.dtype], warps=tile.warps,
         )  # fmt: skip
@@ -297,12 +296,12 @@ class TritonKeyDecay(Recurrence):
         out = torch.empty_like(c)
         C = key_tiles(DA, DC, a.dtype).C
         tile = (key_tiles if along else column_tiles)(DA, DC, a.dtype)
-        anchors, marks = self._anchors(tokens, segments)
+        anchors, chunks = self._anchors(tokens, segments)
         g, G, between, farthest = tokens.gates
         x, partner, S_exit, dg = gated or (out, G, S, G)
         attend_keys(
             (B * H, n, tile.blocks),
-            a, b, c, out, x, g, G, between, farthest, S, S_exit, partner, dg, segments.bounds(a.device), marks,
+            a, b, c, out, x, g, G, between, farthest, S, S_exit, partner, dg, segments.bounds(a.device), chunks,
             # The states' gradients have the scale in them.
             scale, 1 / scale if reverse else 1.0,
             T, H, n, anchors, farthest.shape[-1],
