@@ -78,9 +78,7 @@ def cumulate_keys(
 
 
 @triton.jit
-def _sums_to_edge(
-    g, first, t, length, heads, columns, rows, D: tl.constexpr, C: tl.constexpr, START: tl.constexpr
-):  # fmt: skip
+def _sums_to_edge(g, first, t, length, heads, columns, rows, D: tl.constexpr, C: tl.constexpr, START: tl.constexpr):
     """From the chunk's start to each of its tokens, that one included, or from after each to the chunk's end."""
     row = heads.to(tl.int64) * D
     at = (first * D + (t + rows) * row)[:, None] + columns[None, :]
@@ -278,7 +276,6 @@ def _walk(
         seen = rows[:, None] > rows[None, :] if GATED else rows[:, None] >= rows[None, :]
     else:
         seen = rows[:, None] < rows[None, :] if GATED else rows[:, None] <= rows[None, :]
-    onwards = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
     nothing = tl.zeros([BC, ROWS], dtype=tl.float32)
     if C == 0:
         count = tl.cdiv(length, SHORT)
@@ -349,7 +346,8 @@ def _walk(
                     change = tl.where(valid[None, :], change, 0.0)
                 if PRECISION == "bf16":
                     # Sums from each token on, as a product: a scan is slower.
-                    gradient = fine_product(nothing + passing[:, None], change, onwards.to(tl.bfloat16), PRECISION)
+                    onwards = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(tl.bfloat16)
+                    gradient = fine_product(nothing + passing[:, None], change, onwards, PRECISION)
                 else:
                     gradient = passing[:, None] + tl.cumsum(change, 1, reverse=True)
                 _store(dg, gradient, t, first, end, block, H, DC, BC, ROWS)

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from lasp.kernels.course import Course
 
 
+@triton.jit
+def _place(H, KV: tl.constexpr, V: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's batch, head and numbers of a state, on a grid (.., B · H, blocks), and where the numbers' transitions are."""
+    batch = (tl.program_id(1) // H).to(tl.int64)
+    head = (tl.program_id(1) % H).to(tl.int64)
+    cell = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    # A number a row of the state, or one for all.
+    return batch, head, cell, cell < KV, cell // V if DIAGONAL else cell * 0
+
+
 # Summaries may be parts of rows, which begin anywhere.
 @triton.jit(
     do_not_specialize=["H"],
@@ -59,12 +69,7 @@ def compose_chains(
 ):
     """Grid: (chains, B · H, blocks of BLOCK numbers of a state). Strides are those of b, n (maps) and h."""
     chain = tl.program_id(0)
-    batch = (tl.program_id(1) // H).to(tl.int64)
-    head = (tl.program_id(1) % H).to(tl.int64)
-    cell = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    inside = cell < KV
-    # A number a row of the state, or one for all.
-    row = cell // V if DIAGONAL else cell * 0
+    batch, head, cell, inside, row = _place(H, KV, V, DIAGONAL, BLOCK)
     seed = tl.load(seed_of + chain)
     STATE: tl.constexpr = B.dtype.element_ty
     a = tl.full([BLOCK], 1.0, STATE)
@@ -88,7 +93,7 @@ def compose_chains(
         tl.store(B_whole + batch * Xb + run * Xn + head * KV + cell, s, mask=inside)
 
 
-# As above.
+# Here too.
 @triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["A", "B", "S"])
 def enter_slots(
     A,
@@ -113,11 +118,7 @@ def enter_slots(
 ):
     """``A · S + B`` with the state of each slot's run. Grid: (slots, B · H, blocks of BLOCK numbers of a state)."""
     slot = tl.program_id(0)
-    batch = (tl.program_id(1) // H).to(tl.int64)
-    head = (tl.program_id(1) % H).to(tl.int64)
-    cell = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    inside = cell < KV
-    row = cell // V if DIAGONAL else cell * 0
+    batch, head, cell, inside, row = _place(H, KV, V, DIAGONAL, BLOCK)
     a = tl.load(A + batch * Ab + slot * An + head * Ah + row, mask=inside, other=0.0)
     s = tl.load(S + batch * Sb + tl.load(run + slot) * Sn + head * KV + cell, mask=inside, other=0.0)
     s = s * a + tl.load(B + batch * Bb + slot * Bn + head * KV + cell, mask=inside, other=0.0)

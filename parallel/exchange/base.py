@@ -83,4 +83,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def start(self, runs: Summary, route: Route) -> PendingStates:
-        """Start sending this rank's R runs (R may be 0) and return at once. Every rank of the group calls it."""
+        """Start sending this rank's R runs (R may be 0) and return at once. Every rank of the group calls it.
+
+        Where the route has a single run, nothing can enter it and nothing is made of what leaves it: `runs` is empty.
+        """
