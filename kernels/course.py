@@ -40,12 +40,12 @@ class _Tables:
     Attributes:
         order: the map at each position ``[P]``.
         first: the first position of each chain, and P ``[chains + 1]``.
-        seed: the seed of each chain, −1 for none.
-        whole: the run that each chain's composition is written to, −1 for none.
+        until: the position after the last whose state is wanted, of each chain ``[chains]``.
+        seed: the seed of each chain, −1 for none ``[chains]``.
+        run: the run of each chain ``[chains]``.
+        final: the last chain of each run ``[runs]``.
         slot: where the state before each position is written to ``[P]``, −1 for nowhere.
-        run: the run of each slot.
-        source: for each slot the position before it, or P + 0 for the run's own state, or P + 1 + the seed.
-        last: the position at which each run's composition stands.
+        source: for each slot the position before it, or P + its chain where it is the chain's first.
         seeded: the first positions of the chains with a seed, and
         seeds: these seeds.
         reaches: for each step of the doubling, the positions that have one of their own chain that far back.
@@ -53,32 +53,29 @@ class _Tables:
 
     order: Tensor
     first: Tensor
+    until: Tensor
     seed: Tensor
-    whole: Tensor
-    slot: Tensor
     run: Tensor
+    final: Tensor
+    slot: Tensor
     source: Tensor
-    last: Tensor
     seeded: Tensor
     seeds: Tensor
     reaches: tuple[Tensor, ...]
 
 
 class Course:
-    """Chains of maps, their compositions, and the states between them.
+    """Chains of maps, what they compose to, and the states between them.
 
     Args:
-        chains: every map in one of them. The last chain of a run says what leaves the run.
-        runs: how many runs there are; 0 where what leaves them is not wanted.
+        chains: the maps that are looked at, each in one of them. The last chain of a run says what leaves the run.
+        runs: how many runs there are.
         slots: the maps before which the state is wanted, in the order in which it is; every map when None.
     """
 
     def __init__(self, chains: Sequence[Chain], runs: int, slots: Sequence[int] | None = None):
         self.runs = runs
-        #: Whether nothing that enters a run is ever read.
-        self.closed = all(chain.seed is not None for chain in chains)
-        self._identity = [m for chain in chains for m in chain.members]
-        members = self._identity
+        members = [m for chain in chains for m in chain.members]
         wanted = range(len(members)) if slots is None else slots
         at = {member: position for position, member in enumerate(members)}
         self.slots = len(wanted)
@@ -87,36 +84,30 @@ class Course:
         first = [0]
         for chain in chains:
             first.append(first[-1] + len(chain.members))
-        last_of_run = {chain.run: c for c, chain in enumerate(chains)}
+        final = {chain.run: c for c, chain in enumerate(chains)}
         slot = [-1] * len(members)
-        source, run = [], []
+        until = first[:-1]
+        source = []
         for i, member in enumerate(wanted):
             position = at[member]
+            chain_of = of[position]
             slot[position] = i
-            chain = chains[of[position]]
-            run.append(chain.run)
-            if position != first[of[position]]:
-                source.append(position - 1)
-            else:
-                source.append(len(members) + (0 if chain.seed is None else 1 + chain.seed))
+            until[chain_of] = max(until[chain_of], position + 1)
+            source.append(position - 1 if position != first[chain_of] else len(members) + chain_of)
         back = [position - first[of[position]] for position in range(len(members))]
         steps = [1 << i for i in range(max(self.longest - 1, 0).bit_length())]
+        seeded = [(first[c], chain.seed) for c, chain in enumerate(chains) if chain.seed is not None]
         self._host = _Tables(
             order=_index(members),
             first=_index(first),
+            until=_index(until),
             seed=_index([-1 if chain.seed is None else chain.seed for chain in chains]),
-            whole=_index(
-                [
-                    chain.run if chain.run < runs and last_of_run[chain.run] == c else -1
-                    for c, chain in enumerate(chains)
-                ]
-            ),
+            run=_index([chain.run for chain in chains]),
+            final=_index([final[run] for run in range(runs)]),
             slot=_index(slot),
-            run=_index(run),
             source=_index(source),
-            last=_index([first[last_of_run[r] + 1] - 1 for r in range(runs)]),
-            seeded=_index([first[c] for c, chain in enumerate(chains) if chain.seed is not None]),
-            seeds=_index([chain.seed for chain in chains if chain.seed is not None]),
+            seeded=_index([position for position, _ in seeded]),
+            seeds=_index([seed for _, seed in seeded]),
             reaches=tuple(torch.tensor([b >= step for b in back[step:]], dtype=torch.bool) for step in steps),
         )
         self._in_order = members == list(range(len(members)))
@@ -131,32 +122,59 @@ class Course:
             self._tables[device] = _Tables(**indices, reaches=reaches)
         return self._tables[device]
 
-    def compose(self, maps: Summary, seeds: Tensor | None) -> tuple[Summary, Summary]:
-        """Compose the maps of every chain.
+    def leaving(self, maps: Summary, seeds: Tensor | None) -> Summary:
+        """For each run the map from the state that enters it to the state that leaves it.
 
         Args:
             maps: every map.
             seeds: the states that chains start from ``[B, N, H, K, V]``; zero when None.
-
-        Returns:
-            For each slot the map from the state that enters the run to the state before the slot's member; and for each run
-            the map from the state that enters it to the state that leaves it.
         """
         if not self.longest:
-            return maps.empty(self.slots), maps.empty(self.runs)
+            return maps.empty(self.runs)
         if maps.A.dim() < 5 and triton.serves(maps.B):
-            from lasp.kernels.triton.scan import compose
+            from lasp.kernels.triton.scan import leaving
 
-            return compose(self, maps, seeds)
+            return leaving(self, maps, seeds)
         at = self.on(maps.B.device)
-        if not self._in_order:
+        if seeds is not None:
+            seeds = seeds.index_select(1, at.seeds)
+        return self._composed(maps, at.seeded, seeds).select(at.first[1:].index_select(0, at.final) - 1)
+
+    def states(self, maps: Summary, seeds: Tensor | None, entering: Tensor | None) -> Tensor:
+        """The state before each slot's member ``[B, slots, H, K, V]``.
+
+        Args:
+            maps: every map.
+            seeds: as above.
+            entering: what enters the runs ``[B, runs, H, K, V]``; zero when None.
+        """
+        if not self.longest:
+            return maps.empty(self.slots).B
+        if maps.A.dim() < 5 and triton.serves(maps.B):
+            from lasp.kernels.triton.scan import states
+
+            return states(self, maps, seeds, entering)
+        at = self.on(maps.B.device)
+        nothing = torch.zeros_like(maps.B[:, :1])
+        # Whatever a chain starts from: nothing, a seed, or what enters its run.
+        starts = torch.cat([nothing, *(x.to(nothing.dtype) for x in (seeds, entering) if x is not None)], dim=1)
+        count = 0 if seeds is None else seeds.shape[1]
+        seed = at.seed + 1 if count else torch.zeros_like(at.seed)
+        start = torch.where(at.seed < 0, 0 if entering is None else 1 + count + at.run, seed)
+        begun = starts.index_select(1, start)
+        after = self._composed(maps, at.first[:-1], begun).B
+        return torch.cat([after, begun], dim=1).index_select(1, at.source)
+
+    def _composed(self, maps: Summary, first: Tensor, starts: Tensor | None) -> Summary:
+        """Each position's map after all those before it in its chain, when states ``[B, m, H, K, V]`` enter m positions."""
+        at = self.on(maps.B.device)
+        if not self._in_order or len(at.order) < maps.count:
             maps = maps.select(at.order)
-        starts = torch.zeros_like(maps.B[:, :1]) if seeds is None else seeds.to(maps.B.dtype)
         A, B = maps.A, maps.B
-        if len(at.seeded):
-            if seeds is not None:
-                B = B.index_add(1, at.seeded, act(A.index_select(1, at.seeded), starts.index_select(1, at.seeds)))
-            A = A.index_fill(1, at.seeded, 0)
+        if len(first):
+            if starts is not None:
+                B = B.index_add(1, first, act(A.index_select(1, first), starts.to(B.dtype)))
+            A = A.index_fill(1, first, 0)
         for reach in at.reaches:
             step = B.shape[1] - len(reach)
             here, back = Summary(A[:, step:], B[:, step:]), Summary(A[:, :-step], B[:, :-step])
@@ -165,29 +183,7 @@ class Course:
                 torch.cat([old[:, :step], torch.where(_along(reach, new), new, old[:, step:])], dim=1)
                 for old, new in ((A, joined.A), (B, joined.B))
             )
-        # The states before the slots stand in: every position's end, the run's own state, the seeds.
-        one = (
-            torch.ones_like(A[:, :1])
-            if A.dim() < 5
-            else torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A[:, :1])
-        )
-        kinds = [A, one, torch.zeros_like(A[:, :1]).expand(-1, starts.shape[1], *A.shape[2:])]
-        source = at.source if seeds is not None else at.source.clamp(max=A.shape[1] + 1)
-        before = Summary(
-            torch.cat(kinds, dim=1).index_select(1, source),
-            torch.cat([B, torch.zeros_like(B[:, :1]), starts], dim=1).index_select(1, source),
-        )
-        return before, Summary(A, B).select(at.last)
-
-    def enter(self, before: Summary, entering: Tensor | None) -> Tensor:
-        """The state before each slot ``[B, slots, H, K, V]`` when `entering` ``[B, R, H, K, V]``, zero if None, enters."""
-        if entering is None or self.closed:
-            return before.B
-        if before.A.dim() < 5 and triton.serves(before.B):
-            from lasp.kernels.triton.scan import enter
-
-            return enter(self, before, entering)
-        return before.apply(entering.index_select(1, self.on(entering.device).run))
+        return Summary(A, B)
 
 
 def _index(values: Sequence[int]) -> Tensor:

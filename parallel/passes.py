@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.kernels import Recurrence, Summary, Tokens
+from lasp.kernels import Course, Recurrence, Summary, Tokens
 from lasp.parallel.exchange import PendingStates, Route
 from lasp.parallel.plan import Plan
 from lasp.parallel.sequence_parallel import SequenceParallel
@@ -31,8 +31,8 @@ class Started:
         plan: how this rank's tokens are cut.
         tokens: the tokens as the recurrence takes them.
         maps: the map over each segment.
-        before: the map from what enters a run to what enters each of its segments.
-        states: what enters the runs, under way.
+        initial_state: the states before the documents.
+        states: what enters the runs, under way; None where nothing can.
     """
 
     recurrence: Recurrence
@@ -40,8 +40,8 @@ class Started:
     plan: Plan
     tokens: Tokens
     maps: Summary
-    before: Summary
-    states: PendingStates
+    initial_state: Tensor | None
+    states: PendingStates | None
 
 
 @dataclass
@@ -60,9 +60,15 @@ def start(recurrence: Recurrence, tokens: Tokens, initial_state: Tensor | None, 
     plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
     prepared = recurrence.prepare(tokens, plan.segments)
     maps = recurrence.summary(prepared, plan.segments)
-    before, runs = plan.forward.compose(maps, initial_state)
-    states = sp.exchange.start(runs, Route.forward(sp.layout, sp.rank))
-    return Started(recurrence, sp, plan, prepared, maps, before, states)
+    states = _exchange(sp, plan.forward, maps, initial_state, Route.forward(sp.layout, sp.rank))
+    return Started(recurrence, sp, plan, prepared, maps, initial_state, states)
+
+
+def _exchange(
+    sp: SequenceParallel, course: Course, maps: Summary, seeds: Tensor | None, route: Route
+) -> PendingStates | None:
+    """Send what this rank's runs do to the state, where there are any that could feel it."""
+    return sp.exchange.start(course.leaving(maps, seeds), route) if len(route.order) > 1 else None
 
 
 def keeps_states(size: int, k: Tensor, v: Tensor) -> bool:
@@ -83,8 +89,8 @@ def forward(
         ``[B, n, H, K, V]`` and those that entered the runs ``[B, R, H, K, V]``, None where nothing could.
     """
     recurrence, sp, tokens, plan = started.recurrence, started.sp, started.tokens, started.plan
-    run_entry = started.states.wait()
-    entering = plan.forward.enter(started.before, run_entry)
+    run_entry = None if started.states is None else started.states.wait()
+    entering = plan.forward.states(started.maps, started.initial_state, run_entry)
     o = recurrence.output(q, tokens, entering, plan.segments, scale)
     if not final_state:
         return o, None, entering, run_entry
@@ -131,15 +137,13 @@ def backward(
     # A final state's gradient is where the gradients of its document's states start from.
     dfinal = None if dfinal is None else total(dfinal, sp)
     maps = recurrence.adjoint_summary(q, tokens, do, segments, scale)
-    after, runs = plan.backward.compose(maps, dfinal)
-    states = sp.exchange.start(runs, Route.backward(sp.layout, sp.rank))
+    states = _exchange(sp, plan.backward, maps, dfinal, Route.backward(sp.layout, sp.rank))
 
     if entering is None:
-        before, _ = plan.forward.compose(recurrence.summary(tokens, segments), initial_state)
-        entering = plan.forward.enter(before, run_entry)
+        entering = plan.forward.states(recurrence.summary(tokens, segments), initial_state, run_entry)
     dq, kept = recurrence.query_gradient(q, tokens, entering, do, segments, scale, gated)
 
-    leaving = plan.backward.enter(after, states.wait())
+    leaving = plan.backward.states(maps, dfinal, None if states is None else states.wait())
     dinitial = None
     if initial_state is not None:
         opening = maps.select(at.opening).apply(leaving.index_select(1, at.opening))

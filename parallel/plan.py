@@ -80,8 +80,7 @@ class Plan:
         """The plan of one rank, made once and kept with the layout."""
         return layout.cached(
             ("plan", rank, segment_size),
-            # What leaves the only run there is goes nowhere.
-            lambda: cls(layout.pieces(rank), len(layout.runs_of(rank)) if len(layout.order()) > 1 else 0, segment_size),
+            lambda: cls(layout.pieces(rank), len(layout.runs_of(rank)), segment_size),
         )
 
     def tables(self, device: torch.device) -> Tables:

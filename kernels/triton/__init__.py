@@ -26,13 +26,3 @@ def _found() -> bool:
         return True
     warnings.warn("triton is not installed: linear attention runs in PyTorch, many times slower", stacklevel=4)
     return False
-
-
-def processors(x: Tensor) -> int:
-    """How many processors the device of x has; in Triton's interpreter a few, so that programs share work there too."""
-    return _processors(x.device.index) if x.is_cuda else 2
-
-
-@cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

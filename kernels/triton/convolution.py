@@ -8,14 +8,16 @@ weight's gradient, each by itself, and the few sums are added at the end: in one
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.convolution import Pieces
-from lasp.kernels.triton import processors
-from lasp.kernels.triton.launch import Kernel, ready
+from lasp.kernels.triton.launch import Kernel, Launch, ready
+from lasp.kernels.triton.tiling import processors
 
 #: How many tokens of a piece are one block, and how many of them are read before they are used.
 BLOCK, AHEAD = 32, 4
@@ -197,13 +199,9 @@ def forward(x: Tensor, halo: Tensor, weight: Tensor, bias: Tensor | None, silu: 
     bias = bias if bias is None else ready(bias)
     y = torch.empty_like(x)
     blocks = pieces.blocks(BLOCK, x.device)
-    channels, warps = _tile(x.shape[2], weight.shape[1])
-    _forward(
-        (len(blocks), triton.cdiv(x.shape[2], channels), x.shape[0]),
-        x, halo if halo.numel() else x, weight, weight if bias is None else bias, y, blocks, x.shape[1], halo.shape[1],
-        D=x.shape[2], W=weight.shape[1], BIASED=bias is not None, SILU=silu,
-        BLOCK=BLOCK, AHEAD=AHEAD, BD=channels, warps=warps,
-    )  # fmt: skip
+    (B, T, D), W = x.shape, weight.shape[1]
+    launch = _launch(_forward, len(blocks), B, D, W, bias is not None, silu, T, halo.shape[1])
+    launch(x, halo if halo.numel() else x, weight, weight if bias is None else bias, y, blocks)
     return y
 
 
@@ -217,17 +215,24 @@ def backward(
     blocks = pieces.blocks(BLOCK, x.device)
     (B, T, D), W = x.shape, weight.shape[1]
     channels, warps = _tile(D, W)
-    wide = triton.cdiv(D, channels)
-    programs = min(len(blocks), max(1, processors(x) * WARPS // max(1, warps * wide * B)))
+    programs = min(len(blocks), max(1, processors(x.device) * WARPS // max(1, warps * triton.cdiv(D, channels) * B)))
     sums = x.new_empty(B, programs, W + 1, D, dtype=torch.float32)
-    _backward(
-        (programs, wide, B),
+    launch = _launch(_backward, programs, B, D, W, bias is not None, silu, T, halo.shape[1], len(blocks))
+    launch(
         x, halo if halo.numel() else x, weight, weight if bias is None else bias, dy, dx,
-        dhalo if halo.numel() else dx, sums, blocks, T, halo.shape[1], len(blocks),
-        D=D, W=W, BIASED=bias is not None, SILU=silu, BLOCK=BLOCK, AHEAD=AHEAD, BD=channels, warps=warps,
+        dhalo if halo.numel() else dx, sums, blocks,
     )  # fmt: skip
     dweight = sums[:, :, :W].sum((0, 1)).t().to(weight.dtype).contiguous()
     return dx, dhalo, dweight, None if bias is None else sums[:, :, W].sum((0, 1)).to(bias.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _launch(kernel: Kernel, programs: int, B: int, D: int, W: int, biased: bool, silu: bool, *numbers: int) -> Launch:
+    channels, warps = _tile(D, W)
+    return kernel.launch(
+        (programs, triton.cdiv(D, channels), B), *numbers,
+        D=D, W=W, BIASED=biased, SILU=silu, BLOCK=BLOCK, AHEAD=AHEAD, BD=channels, warps=warps,
+    )  # fmt: skip
 
 
 def _tile(width: int, taps: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ the few sums are added at the end: in one order, so that two runs give the same 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.kernels.triton import processors
-from lasp.kernels.triton.launch import Kernel, ready
+from lasp.kernels.triton.launch import Kernel, Launch, ready
+from lasp.kernels.triton.tiling import processors
 
 #: How many numbers a program holds at once, and of each of its threads.
 TILE, BY_THREAD = 2048, 16
@@ -113,12 +114,8 @@ def forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tenso
     """`rms_norm` without gradients."""
     x, weight = ready(x), ready(weight)
     y = torch.empty_like(x)
-    tile, warps = _tile(weight)
-    rows = x.numel() // weight.numel()
-    _forward(
-        (triton.cdiv(rows, tile["R"]), 1, 1), x, x if gate is None else ready(gate), weight, y, rows, eps,
-        N=weight.numel(), GATED=gate is not None, **tile, warps=warps,
-    )  # fmt: skip
+    launch = _launch(_forward, None, x.numel() // weight.numel(), weight.numel(), gate is not None, eps)
+    launch(x, x if gate is None else ready(gate), weight, y)
     return y
 
 
@@ -131,22 +128,28 @@ def backward(
     if gate is not None:
         gate = ready(gate)
         dgate = torch.empty_like(gate)
-    tile, warps = _tile(weight)
-    rows = x.numel() // weight.numel()
-    programs = min(triton.cdiv(rows, tile["R"]), processors(x) * WARPS // warps)
-    dweight = x.new_empty(programs, weight.numel(), dtype=torch.float32)
-    _backward(
-        (programs, 1, 1), x, x if gate is None else gate, weight, dy, dx, dx if dgate is None else dgate, dweight,
-        rows, eps, N=weight.numel(), GATED=gate is not None, **tile, warps=warps,
-    )  # fmt: skip
+    rows, width = x.numel() // weight.numel(), weight.numel()
+    tile, warps = _tile(width)
+    programs = min(triton.cdiv(rows, tile["R"]), processors(x.device) * WARPS // warps)
+    dweight = x.new_empty(programs, width, dtype=torch.float32)
+    launch = _launch(_backward, programs, rows, width, gate is not None, eps)
+    launch(x, x if gate is None else gate, weight, dy, dx, dx if dgate is None else dgate, dweight)
     return dx, dgate, dweight.sum(0).to(weight.dtype)
 
 
-def _tile(weight: Tensor) -> tuple[dict[str, int], int]:
+@lru_cache(maxsize=1024)
+def _launch(kernel: Kernel, programs: int | None, rows: int, width: int, gated: bool, eps: float) -> Launch:
+    """By so many programs, or by one for each tile."""
+    tile, warps = _tile(width)
+    grid = (programs or triton.cdiv(rows, tile["R"]), 1, 1)
+    return kernel.launch(grid, rows, eps, N=width, GATED=gated, **tile, warps=warps)
+
+
+def _tile(width: int) -> tuple[dict[str, int], int]:
     """The tile of a program, and how many warps hold it."""
-    width = triton.next_power_of_2(weight.numel())
-    rows = max(1, TILE // width)
-    return {"R": rows, "BN": width}, max(1, rows * width // (32 * BY_THREAD))
+    padded = triton.next_power_of_2(width)
+    rows = max(1, TILE // padded)
+    return {"R": rows, "BN": padded}, max(1, rows * padded // (32 * BY_THREAD))
 
 
 class _RMSNorm(torch.autograd.Function):

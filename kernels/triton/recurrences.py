@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -12,8 +12,17 @@ from lasp.kernels.recurrence import Recurrence, Tokens
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton import head_decay, key_decay
-from lasp.kernels.triton.launch import Kernel, ready
-from lasp.kernels.triton.tiling import column_tiles, key_tiles, processors, segment_size, tiles
+from lasp.kernels.triton.launch import Kernel, Launch, ready
+from lasp.kernels.triton.tiling import (
+    Tiles,
+    column_tiles,
+    gated_tiles,
+    key_tiles,
+    padded,
+    processors,
+    segment_size,
+    tiles,
+)
 
 _NONE, _CONSTANT, _BY_TOKEN = (kind.value for kind in (head_decay.NONE, head_decay.CONSTANT, head_decay.BY_TOKEN))
 #: How products are computed for the dtypes that the kernels take.
@@ -60,11 +69,9 @@ class TritonHeadDecay(Recurrence):
         if g.dim() == 1:
             return Tokens(k, v, (g,))
         B, T, H = g.shape
-        C = tiles(k.shape[-1], v.shape[-1], k.dtype).C
         G = torch.empty(B, H, T, dtype=torch.float32, device=g.device)
-        BH = 8
-        grid = (len(segments), min(64, -(-segments.size // C)), B * -(-H // BH))
-        cumulate(grid, g, G, segments.bounds(g.device), T, H, warps=2, C=C, BH=BH)
+        C = tiles(k.shape[-1], v.shape[-1], k.dtype).C
+        _cumulate(B, T, H, len(segments), segments.size, C)(g, G, segments.bounds(g.device))
         return Tokens(k, v, (g, G))
 
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
@@ -75,7 +82,7 @@ class TritonHeadDecay(Recurrence):
 
     def output(self, q: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float) -> Tensor:
         o = torch.empty_like(tokens.v)
-        self._attend(ready(q), tokens.k, tokens.v, o, tokens, entry, segments, scale, False, None)
+        self._attend(ready(q), tokens.k, tokens.v, o, tokens, entry, segments, scale, False)
         return o
 
     def query_gradient(
@@ -86,9 +93,11 @@ class TritonHeadDecay(Recurrence):
         kept: tuple[Tensor, ...] = ()
         if gated:
             B, T, H, K = q.shape
-            blocks = tiles(tokens.v.shape[-1], K, q.dtype).blocks
+            blocks = gated_tiles(tokens.v.shape[-1], K, q.dtype).blocks
             kept = (torch.empty(blocks, B, H, T, dtype=torch.float32, device=q.device),)
-        self._attend(ready(do), tokens.v, tokens.k, dq, tokens, entry, segments, scale, True, q, kept)
+        self._attend(
+            ready(do), tokens.v, tokens.k, dq, tokens, entry, segments, scale, True, (q, *kept) if gated else ()
+        )
         return dq, kept
 
     def token_gradients(
@@ -109,34 +118,22 @@ class TritonHeadDecay(Recurrence):
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         bounds = segments.bounds(k.device)
         kind, g, G = self._decay(tokens)
-        for_v, for_k = tiles(K, V, k.dtype), tiles(V, K, k.dtype)
-        k_dk = S_dS = entry
-        if gated:
-            k_dk = torch.empty_like(kept[0])
-            S_dS = torch.empty(for_k.blocks, B, H, n, dtype=torch.float32, device=k.device)
         # Gated, the two differ too much to run side by side.
-        roles = [("both", for_v)] if K == V and not gated else [("dv", for_v), ("dk", for_k)]
-        for role, tile in roles:
-            attend_back(
-                ((2 if role == "both" else 1) * tile.blocks, B * H, n),
-                q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, bounds,
-                scale, 1 / scale, T, H, n,
-                K=K, V=V, BK=tiles(K, V, k.dtype).BA, BV=tiles(V, K, k.dtype).BA, BLOCK=tile.BC, C=tile.C, ROLE=role,
-                DECAY=kind, EXACT=_exact(k), GATED=gated and role == "dk", STAGES=tile.stages, PRECISION=PRECISION[k.dtype],
-                warps=tile.warps,
-            )  # fmt: skip
+        roles = ("both",) if K == V and not gated else ("dv", "dk")
+        k_dk = S_dS = entry
+        for role in roles:
+            if gated and role == "dk":
+                k_dk = torch.empty_like(kept[0])
+                S_dS = torch.empty(*k_dk.shape[:3], n, dtype=torch.float32, device=k.device)
+            _attend_back(B, T, H, K, V, n, k.dtype, kind, role, gated and role == "dk", scale)(
+                q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, bounds
+            )
         if not gated:
             return Tokens(dk, dv)
-        constant = kind == _CONSTANT
-        dg = (
-            torch.empty(B, H, n, dtype=torch.float32, device=k.device)
-            if constant
-            else torch.empty_like(tokens.gates[0])
-        )
-        gate_gradient(
-            (B * H, n, 1), dg, kept[0], k_dk, S_dS, bounds, T, H, n, for_k.blocks, DECAY=kind, BLOCK=1024, warps=4
-        )
-        return Tokens(dk, dv, (dg.sum((0, 2)).to(tokens.gates[0].dtype) if constant else dg,))
+        gate = tokens.gates[0]
+        dg = torch.empty_like(gate) if kind == _BY_TOKEN else torch.empty(B, H, n, dtype=torch.float32, device=k.device)
+        _gate_gradient(B, T, H, n, len(k_dk), kind)(dg, kept[0], k_dk, S_dS, bounds)
+        return Tokens(dk, dv, (dg if kind == _BY_TOKEN else dg.sum((0, 2)).to(gate.dtype),))
 
     def _decay(self, tokens: Tokens) -> tuple[int, Tensor, Tensor]:
         """The kind of decay, g and G, or whatever stands for them where there is none."""
@@ -151,36 +148,21 @@ class TritonHeadDecay(Recurrence):
     ) -> Summary:
         B, T, H, DB = b.shape
         DC, n = c.shape[-1], len(segments)
-        tile = tiles(DB, DC, b.dtype)
         kind, g, G = self._decay(tokens)
         S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
-        if kind == _NONE:
-            A = _one(S.device).expand(1, n, 1)
-        else:
-            A = torch.empty(B, n, H, dtype=torch.float32, device=b.device)
-        summarise(
-            (B * H, n, tile.blocks),
-            b, c, g, G, S if kind == _NONE else A, S, segments.bounds(b.device), scale, T, H, n,
-            DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, REVERSE=reverse, EXACT=_exact(b),
-            STAGES=3 if tile.stages > 1 else 1, PRECISION=PRECISION[b.dtype], warps=4,
-        )  # fmt: skip
+        A = _ones(n, S.device) if kind == _NONE else torch.empty(B, n, H, dtype=torch.float32, device=b.device)
+        launch = _summarise(B, T, H, DB, DC, n, b.dtype, kind, reverse, scale)
+        launch(b, c, g, G, S if kind == _NONE else A, S, segments.bounds(b.device))
         return Summary(A, S)
 
     def _attend(
         self, a: Tensor, b: Tensor, c: Tensor, out: Tensor, tokens: Tokens, S: Tensor, segments: Segments, scale: float,
-        across: bool, x: Tensor | None, kept: tuple[Tensor, ...] = (),
+        across: bool, gated: tuple[Tensor, ...] = (),
     ) -> None:  # fmt: skip
         B, T, H, DA = a.shape
-        DC, n = c.shape[-1], len(segments)
-        tile = tiles(DA, DC, a.dtype)
         kind, g, G = self._decay(tokens)
-        attend(
-            (B * H, n, tile.blocks),
-            a, b, c, out, g, G, S, a if x is None else x, kept[0] if kept else S,
-            segments.bounds(a.device), scale, T, H, n,
-            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ACROSS=across, EXACT=_exact(a),
-            GATED=bool(kept), STAGES=tile.stages, PRECISION=PRECISION[a.dtype], warps=tile.warps,
-        )  # fmt: skip
+        launch = _attend(B, T, H, DA, c.shape[-1], len(segments), a.dtype, kind, across, bool(gated), scale)
+        launch(a, b, c, out, g, G, S, *(gated or (a, S)), segments.bounds(a.device))
 
 
 @dataclass(frozen=True)
@@ -206,14 +188,12 @@ class TritonKeyDecay(Recurrence):
         B, T, H, K = k.shape
         tile = key_tiles(K, v.shape[-1], k.dtype)
         anchors, chunks = self._anchors(tokens, segments)
-        programs = min(64, -(-segments.size // tile.C))
+        n, programs = len(segments), min(64, -(-segments.size // tile.C))
         G = torch.empty(B, T, H, K, dtype=torch.float32, device=k.device)
-        between = G.new_empty(B, H, anchors, K)
-        farthest = G.new_empty(B, H, len(segments), programs)
-        cumulate_keys(
-            (B * H, len(segments), programs), g, G, between, farthest, segments.bounds(g.device), chunks, T, H, anchors,
-            K=K, C=tile.C, BK=tile.BA, warps=4,
-        )  # fmt: skip
+        between, farthest = G.new_empty(B, H, anchors, K), G.new_empty(B, H, n, programs)
+        _cumulate_keys(B, T, H, K, n, anchors, programs, tile)(
+            g, G, between, farthest, segments.bounds(g.device), chunks
+        )
         return Tokens(k, v, (g, G, between, farthest))
 
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
@@ -230,19 +210,8 @@ class TritonKeyDecay(Recurrence):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         q, G = ready(q), tokens.gates[1]
         kept = (torch.empty_like(G), torch.empty_like(entry)) if gated else ()
-        dq = self._attend(
-            ready(do),
-            tokens.v,
-            tokens.k,
-            tokens,
-            entry,
-            segments,
-            scale,
-            False,
-            False,
-            (q, *kept, G) if gated else None,
-        )
-        return dq, kept
+        also = (q, *kept, G) if gated else ()
+        return self._attend(ready(do), tokens.v, tokens.k, tokens, entry, segments, scale, False, False, also), kept
 
     def token_gradients(
         self,
@@ -274,41 +243,28 @@ class TritonKeyDecay(Recurrence):
     ) -> Summary:
         B, T, H, DB = b.shape
         DC, n = c.shape[-1], len(segments)
-        tile = key_tiles(DB, DC, b.dtype)
         anchors, chunks = self._anchors(tokens, segments)
         g, G, between, _ = tokens.gates
         S = torch.empty(B, n, H, DB, DC, dtype=torch.float32, device=b.device)
         A = torch.empty(B, n, H, DB, dtype=torch.float32, device=b.device)
-        summarise_keys(
-            (B * H, n, tile.blocks),
-            b, c, g, G, between, A, S, segments.bounds(b.device), chunks, scale, T, H, n, anchors,
-            DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, EXACT=_exact(b), STAGES=tile.stages,
-            PRECISION=PRECISION[b.dtype], warps=tile.warps,
-        )  # fmt: skip
+        _summarise_keys(B, T, H, DB, DC, n, anchors, b.dtype, reverse, scale)(
+            b, c, g, G, between, A, S, segments.bounds(b.device), chunks
+        )
         return Summary(A, S)
 
     def _attend(
         self, a: Tensor, b: Tensor, c: Tensor, tokens: Tokens, S: Tensor, segments: Segments, scale: float, along: bool,
-        reverse: bool, gated: tuple[Tensor, ...] | None = None,
+        reverse: bool, gated: tuple[Tensor, ...] = (),
     ) -> Tensor:  # fmt: skip
         B, T, H, DA = a.shape
-        DC, n = c.shape[-1], len(segments)
         out = torch.empty_like(c)
-        C = key_tiles(DA, DC, a.dtype).C
-        tile = (key_tiles if along else column_tiles)(DA, DC, a.dtype)
         anchors, chunks = self._anchors(tokens, segments)
         g, G, between, farthest = tokens.gates
         x, partner, S_exit, dg = gated or (out, G, S, G)
-        attend_keys(
-            (B * H, n, tile.blocks),
-            a, b, c, out, x, g, G, between, farthest, S, S_exit, partner, dg, segments.bounds(a.device), chunks,
-            # The states' gradients have the scale in them.
-            scale, 1 / scale if reverse else 1.0,
-            T, H, n, anchors, farthest.shape[-1],
-            DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=0 if _exact(a) else C, ROWS=tile.C, SHORT=8 if _exact(a) else 16,
-            ALONG=along, REVERSE=reverse, GATED=gated is not None, STAGES=tile.stages, PRECISION=PRECISION[a.dtype],
-            warps=tile.warps,
+        launch = _attend_keys(
+            B, T, H, DA, c.shape[-1], len(segments), anchors, farthest.shape[-1], a.dtype, along, reverse, bool(gated), scale
         )  # fmt: skip
+        launch(a, b, c, out, x, g, G, between, farthest, S, S_exit, partner, dg, segments.bounds(a.device), chunks)
         return out
 
 
@@ -320,10 +276,99 @@ def triton_decay(tokens: Tokens) -> Recurrence:
 
 
 @cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+def _ones(n: int, device: torch.device) -> Tensor:
+    """The transition of n segments in which nothing decays."""
+    return torch.ones((), device=device).expand(1, n, 1)
 
 
-def _exact(x: Tensor) -> bool:
+def _exact(dtype: torch.dtype) -> bool:
     """Whether sums of log-decays may not be differences of longer ones: only where the result has the digits to show it."""
-    return x.dtype == torch.float32
+    return dtype == torch.float32
+
+
+# -- what the launches of the kernels depend on -----------------------------------------------------------------------
+
+
+_once = lru_cache(maxsize=4096)
+
+
+@_once
+def _cumulate(B: int, T: int, H: int, n: int, size: int, C: int) -> Launch:
+    BH = 8
+    return cumulate.launch((n, min(64, -(-size // C)), B * -(-H // BH)), T, H, warps=2, C=C, BH=BH)
+
+
+@_once
+def _summarise(
+    B: int, T: int, H: int, DB: int, DC: int, n: int, dtype: torch.dtype, kind: int, reverse: bool, scale: float
+) -> Launch:
+    tile = tiles(DB, DC, dtype)
+    return summarise.launch(
+        (B * H, n, tile.blocks), scale, T, H, n,
+        DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, REVERSE=reverse, EXACT=_exact(dtype),
+        STAGES=3 if tile.stages > 1 else 1, PRECISION=PRECISION[dtype], warps=4,
+    )  # fmt: skip
+
+
+@_once
+def _attend(
+    B: int, T: int, H: int, DA: int, DC: int, n: int, dtype: torch.dtype, kind: int, across: bool, gated: bool, scale: float
+) -> Launch:  # fmt: skip
+    tile = (gated_tiles if gated else tiles)(DA, DC, dtype)
+    return attend.launch(
+        (B * H, n, tile.blocks), scale, T, H, n,
+        DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ACROSS=across, EXACT=_exact(dtype), GATED=gated,
+        STAGES=tile.stages, PRECISION=PRECISION[dtype], warps=tile.warps,
+    )  # fmt: skip
+
+
+@_once
+def _attend_back(
+    B: int, T: int, H: int, K: int, V: int, n: int, dtype: torch.dtype, kind: int, role: str, gated: bool, scale: float
+) -> Launch:  # fmt: skip
+    tile = (gated_tiles if gated else tiles)(*((V, K) if role == "dk" else (K, V)), dtype)
+    return attend_back.launch(
+        ((2 if role == "both" else 1) * tile.blocks, B * H, n), scale, 1 / scale, T, H, n,
+        K=K, V=V, BK=padded(K), BV=padded(V), BLOCK=tile.BC, C=tile.C, ROLE=role, DECAY=kind, EXACT=_exact(dtype),
+        GATED=gated, STAGES=tile.stages, PRECISION=PRECISION[dtype], warps=tile.warps,
+    )  # fmt: skip
+
+
+@_once
+def _gate_gradient(B: int, T: int, H: int, n: int, blocks: int, kind: int) -> Launch:
+    return gate_gradient.launch((B * H, n, 1), T, H, n, blocks, DECAY=kind, BLOCK=1024, warps=4)
+
+
+@_once
+def _cumulate_keys(B: int, T: int, H: int, K: int, n: int, anchors: int, programs: int, tile: Tiles) -> Launch:
+    return cumulate_keys.launch((B * H, n, programs), T, H, anchors, K=K, C=tile.C, BK=tile.BA, warps=4)
+
+
+@_once
+def _summarise_keys(
+    B: int, T: int, H: int, DB: int, DC: int, n: int, anchors: int, dtype: torch.dtype, reverse: bool, scale: float
+) -> Launch:
+    tile = key_tiles(DB, DC, dtype)
+    return summarise_keys.launch(
+        (B * H, n, tile.blocks), scale, T, H, n, anchors,
+        DB=DB, DC=DC, BB=tile.BA, BC=tile.BC, C=tile.C, REVERSE=reverse, EXACT=_exact(dtype), STAGES=tile.stages,
+        PRECISION=PRECISION[dtype], warps=tile.warps,
+    )  # fmt: skip
+
+
+@_once
+def _attend_keys(
+    B: int, T: int, H: int, DA: int, DC: int, n: int, anchors: int, programs: int, dtype: torch.dtype, along: bool,
+    reverse: bool, gated: bool, scale: float,
+) -> Launch:  # fmt: skip
+    tile = (key_tiles if along else column_tiles)(DA, DC, dtype)
+    exact = _exact(dtype)
+    return attend_keys.launch(
+        (B * H, n, tile.blocks),
+        # The states' gradients have the scale in them.
+        scale, 1 / scale if reverse else 1.0,
+        T, H, n, anchors, programs,
+        DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=0 if exact else key_tiles(DA, DC, dtype).C, ROWS=tile.C,
+        SHORT=8 if exact else 16, ALONG=along, REVERSE=reverse, GATED=gated, STAGES=tile.stages,
+        PRECISION=PRECISION[dtype], warps=tile.warps,
+    )  # fmt: skip

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.launch import Kernel, ready
+from lasp.kernels.triton.launch import Kernel, Launch, ready
 
 if TYPE_CHECKING:
     from lasp.kernels.course import Course
@@ -27,22 +27,78 @@ def _place(H, KV: tl.constexpr, V: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: 
 
 
 # Summaries may be parts of rows, which begin anywhere.
-@triton.jit(
-    do_not_specialize=["H"],
-    do_not_specialize_on_alignment=["A", "B", "seeds", "A_before", "B_before", "A_whole", "B_whole"],
-)
-def compose_chains(
+@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["A", "B", "seeds", "A_out", "B_out"])
+def leave_runs(
     A,
     B,
     seeds,
-    A_before,
-    B_before,
-    A_whole,
-    B_whole,
+    A_out,
+    B_out,
     order,
     first,
     seed_of,
-    whole_of,
+    final,
+    H,
+    Ab: tl.int64,
+    An: tl.int64,
+    Ah: tl.int64,
+    Bb: tl.int64,
+    Bn: tl.int64,
+    Sb: tl.int64,
+    Wb: tl.int64,
+    Wn: tl.int64,
+    Wh: tl.int64,
+    Xb: tl.int64,
+    Xn: tl.int64,
+    SEEDED: tl.constexpr,
+    KV: tl.constexpr,
+    V: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`Course.leaving`. Grid: (runs, B · H, blocks of BLOCK numbers of a state). Strides are those of b, n (maps) and h."""
+    run = tl.program_id(0)
+    chain = tl.load(final + run)
+    batch, head, cell, inside, row = _place(H, KV, V, DIAGONAL, BLOCK)
+    seed = tl.load(seed_of + chain)
+    a = tl.full([BLOCK], 1.0, tl.float32)
+    s = tl.zeros([BLOCK], dtype=tl.float32)
+    if seed >= 0:
+        a = tl.zeros([BLOCK], dtype=tl.float32)
+        if SEEDED:
+            s = tl.load(seeds + batch * Sb + (seed * H + head) * KV + cell, mask=inside, other=0.0).to(tl.float32)
+    A += batch * Ab + head * Ah + row
+    B += batch * Bb + head * KV + cell
+    begin, end = tl.load(first + chain), tl.load(first + chain + 1)
+    # A map is read while the one before it is composed.
+    member = tl.load(order + begin)
+    next_a = tl.load(A + member * An, mask=inside, other=0.0)
+    next_s = tl.load(B + member * Bn, mask=inside, other=0.0)
+    member = tl.load(order + tl.minimum(begin + 1, end - 1))
+    for position in range(begin, end):
+        step, add = next_a, next_s
+        next_a = tl.load(A + member * An, mask=inside, other=0.0)
+        next_s = tl.load(B + member * Bn, mask=inside, other=0.0)
+        member = tl.load(order + tl.minimum(position + 2, end - 1))
+        s = s * step + add
+        a *= step
+    tl.store(A_out + batch * Wb + run * Wn + head * Wh + row, a, mask=inside)
+    tl.store(B_out + batch * Xb + run * Xn + head * KV + cell, s, mask=inside)
+
+
+# Here too.
+@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["A", "B", "seeds", "entering"])
+def fill_slots(
+    A,
+    B,
+    seeds,
+    entering,
+    out,
+    order,
+    first,
+    until,
+    seed_of,
+    run_of,
     slot_of,
     H,
     Ab: tl.int64,
@@ -51,121 +107,96 @@ def compose_chains(
     Bb: tl.int64,
     Bn: tl.int64,
     Sb: tl.int64,
-    Ub: tl.int64,
-    Un: tl.int64,
-    Uh: tl.int64,
-    Vb: tl.int64,
-    Vn: tl.int64,
-    Wb: tl.int64,
-    Wn: tl.int64,
-    Wh: tl.int64,
-    Xb: tl.int64,
-    Xn: tl.int64,
+    Eb: tl.int64,
+    En: tl.int64,
+    Ob: tl.int64,
+    On: tl.int64,
+    SEEDED: tl.constexpr,
+    ENTERED: tl.constexpr,
     KV: tl.constexpr,
     V: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    SEEDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (chains, B · H, blocks of BLOCK numbers of a state). Strides are those of b, n (maps) and h."""
+    """`Course.states`. Grid: (chains, B · H, blocks of BLOCK numbers of a state). Strides are those of b, n (maps) and h."""
     chain = tl.program_id(0)
     batch, head, cell, inside, row = _place(H, KV, V, DIAGONAL, BLOCK)
     seed = tl.load(seed_of + chain)
-    STATE: tl.constexpr = B.dtype.element_ty
-    a = tl.full([BLOCK], 1.0, STATE)
-    s = tl.zeros([BLOCK], dtype=STATE)
+    s = tl.zeros([BLOCK], dtype=tl.float32)
     if seed >= 0:
-        a = tl.zeros([BLOCK], dtype=STATE)
         if SEEDED:
-            s = tl.load(seeds + batch * Sb + (seed * H + head) * KV + cell, mask=inside, other=0.0).to(STATE)
-    for position in range(tl.load(first + chain), tl.load(first + chain + 1)):
-        member = tl.load(order + position)
-        slot = tl.load(slot_of + position)
-        if slot >= 0:
-            tl.store(A_before + batch * Ub + slot * Un + head * Uh + row, a, mask=inside)
-            tl.store(B_before + batch * Vb + slot * Vn + head * KV + cell, s, mask=inside)
-        step = tl.load(A + batch * Ab + member * An + head * Ah + row, mask=inside, other=0.0)
-        s = s * step + tl.load(B + batch * Bb + member * Bn + head * KV + cell, mask=inside, other=0.0)
-        a *= step
-    run = tl.load(whole_of + chain)
-    if run >= 0:
-        tl.store(A_whole + batch * Wb + run * Wn + head * Wh + row, a, mask=inside)
-        tl.store(B_whole + batch * Xb + run * Xn + head * KV + cell, s, mask=inside)
+            s = tl.load(seeds + batch * Sb + (seed * H + head) * KV + cell, mask=inside, other=0.0).to(tl.float32)
+    elif ENTERED:
+        run = tl.load(run_of + chain)
+        s = tl.load(entering + batch * Eb + run * En + head * KV + cell, mask=inside, other=0.0)
+    A += batch * Ab + head * Ah + row
+    B += batch * Bb + head * KV + cell
+    out += batch * Ob + head * KV + cell
+    begin, end = tl.load(first + chain), tl.load(until + chain)
+    if begin < end:
+        # A map is read while the one before it acts.
+        member = tl.load(order + begin)
+        next_a = tl.load(A + member * An, mask=inside, other=0.0)
+        next_s = tl.load(B + member * Bn, mask=inside, other=0.0)
+        member = tl.load(order + tl.minimum(begin + 1, end - 1))
+        for position in range(begin, end):
+            slot = tl.load(slot_of + position)
+            step, add = next_a, next_s
+            next_a = tl.load(A + member * An, mask=inside, other=0.0)
+            next_s = tl.load(B + member * Bn, mask=inside, other=0.0)
+            member = tl.load(order + tl.minimum(position + 2, end - 1))
+            if slot >= 0:
+                tl.store(out + slot * On, s, mask=inside)
+            s = s * step + add
 
 
-# Here too.
-@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["A", "B", "S"])
-def enter_slots(
-    A,
-    B,
-    S,
-    out,
-    run,
-    H,
-    Ab: tl.int64,
-    An: tl.int64,
-    Ah: tl.int64,
-    Bb: tl.int64,
-    Bn: tl.int64,
-    Sb: tl.int64,
-    Sn: tl.int64,
-    Ob: tl.int64,
-    On: tl.int64,
-    KV: tl.constexpr,
-    V: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``A · S + B`` with the state of each slot's run. Grid: (slots, B · H, blocks of BLOCK numbers of a state)."""
-    slot = tl.program_id(0)
-    batch, head, cell, inside, row = _place(H, KV, V, DIAGONAL, BLOCK)
-    a = tl.load(A + batch * Ab + slot * An + head * Ah + row, mask=inside, other=0.0)
-    s = tl.load(S + batch * Sb + tl.load(run + slot) * Sn + head * KV + cell, mask=inside, other=0.0)
-    s = s * a + tl.load(B + batch * Bb + slot * Bn + head * KV + cell, mask=inside, other=0.0)
-    tl.store(out + batch * Ob + slot * On + head * KV + cell, s, mask=inside)
+_leave = Kernel(leave_runs)
+_fill = Kernel(fill_slots)
 
 
-_compose = Kernel(compose_chains)
-_enter = Kernel(enter_slots)
-
-
-def compose(course: Course, maps: Summary, seeds: Tensor | None) -> tuple[Summary, Summary]:
-    """`Course.compose` for maps of the identity, scalar and diagonal families on a GPU."""
+def leaving(course: Course, maps: Summary, seeds: Tensor | None) -> Summary:
+    """`Course.leaving` for maps of the identity, scalar and diagonal families on a GPU."""
     A, B = maps.A, maps.B
-    batch, _, H, K, V = B.shape
-    # What enters the segments is read by kernels, what the runs amount to is sent: in rows.
-    before = Summary(A.new_empty(A.shape[0], course.slots, *A.shape[2:]), B.new_empty(batch, course.slots, H, K, V))
-    whole = maps.empty(course.runs)
+    out = maps.empty(course.runs)
     at = course.on(B.device)
-    chains = len(at.seed)
-    block = min(2048, 1 << (K * V - 1).bit_length())
-    if seeds is not None:
-        seeds = ready(seeds)
-
-    _compose(
-        (chains, batch * H, -(-K * V // block)),
-        A, B, B if seeds is None else seeds, before.A, before.B, whole.A, whole.B,
-        at.order, at.first, at.seed, at.whole, at.slot, H,
-        *_strides(A), *B.stride()[:2], 0 if seeds is None else seeds.stride(0),
-        *_strides(before.A), *before.B.stride()[:2], *_strides(whole.A), *whole.B.stride()[:2],
-        KV=K * V, V=V, DIAGONAL=A.dim() == 4, SEEDED=seeds is not None, BLOCK=block, warps=4,
-    )  # fmt: skip
-    return before, whole
+    seeds = None if seeds is None else ready(seeds)
+    strides = (*_strides(A), *B.stride()[:2], _step(seeds), *_strides(out.A), *out.B.stride()[:2])
+    launch = _launch(_leave, course.runs, A.dim() == 4, B.shape, strides, (seeds is not None,))
+    launch(A, B, B if seeds is None else seeds, out.A, out.B, at.order, at.first, at.seed, at.final)
+    return out
 
 
-def enter(course: Course, before: Summary, entering: Tensor) -> Tensor:
-    """`Course.enter` likewise, where something enters."""
-    A, B = before.A, before.B
-    batch, slots, H, K, V = B.shape
-    out = torch.empty_like(B, memory_format=torch.contiguous_format)
-    block = min(2048, 1 << (K * V - 1).bit_length())
-    _enter(
-        (slots, batch * H, -(-K * V // block)),
-        A, B, entering, out, course.on(B.device).run, H,
-        *_strides(A), *B.stride()[:2], *entering.stride()[:2], *out.stride()[:2],
-        KV=K * V, V=V, DIAGONAL=A.dim() == 4, BLOCK=block, warps=4,
+def states(course: Course, maps: Summary, seeds: Tensor | None, entering: Tensor | None) -> Tensor:
+    """`Course.states` likewise."""
+    A, B = maps.A, maps.B
+    batch, _, *state = B.shape
+    out = B.new_empty(batch, course.slots, *state)
+    at = course.on(B.device)
+    seeds = None if seeds is None else ready(seeds)
+    enters = (0, 0) if entering is None else entering.stride()[:2]
+    strides = (*_strides(A), *B.stride()[:2], _step(seeds), *enters, *out.stride()[:2])
+    launch = _launch(_fill, len(at.seed), A.dim() == 4, B.shape, strides, (seeds is not None, entering is not None))
+    launch(
+        A, B, B if seeds is None else seeds, B if entering is None else entering, out,
+        at.order, at.first, at.until, at.seed, at.run, at.slot,
     )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    kernel: Kernel, programs: int, diagonal: bool, shape: tuple[int, ...], strides: tuple[int, ...], given: tuple[bool, ...]
+) -> Launch:  # fmt: skip
+    batch, _, H, K, V = shape
+    block = min(1024, 1 << (K * V - 1).bit_length())
+    flags = dict(zip(("SEEDED", "ENTERED"), given, strict=False))
+    return kernel.launch(
+        (programs, batch * H, -(-K * V // block)), H, *strides, **flags, KV=K * V, V=V, DIAGONAL=diagonal, BLOCK=block, warps=4
+    )  # fmt: skip
+
+
+def _step(seeds: Tensor | None) -> int:
+    return 0 if seeds is None else seeds.stride(0)
 
 
 def _strides(A: Tensor) -> tuple[int, int, int]:

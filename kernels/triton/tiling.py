@@ -53,6 +53,12 @@ def tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
 
 
 @cache
+def gated_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
+    """Those of the kernels that also make what the gates' gradients sum over."""
+    return tiles(DA, DC, dtype)
+
+
+@cache
 def key_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
     """The tiles of `key_decay`'s kernels. C is the same for K and V as for V and K: sums are made for all of them."""
     BA, BC = padded(DA), padded(DC)

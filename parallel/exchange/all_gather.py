@@ -17,8 +17,6 @@ class AllGather(Exchange):
     """Every rank receives every summary in one collective and composes what it needs: (W−1)·S bytes a rank, one step."""
 
     def start(self, runs: Summary, route: Route) -> PendingStates:
-        if len(route.order) == 1:
-            return _Alone()
         rows = runs.pack()
         if route.world_size == 1:
             return _Gathered(runs, rows, None, route)
@@ -26,13 +24,6 @@ class AllGather(Exchange):
         sent = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
         received, work = all_gather_rows(sent, self.group)
         return _Gathered(runs, received, work, route)
-
-
-class _Alone(PendingStates):
-    """There is one run: nothing comes before it."""
-
-    def wait(self) -> None:
-        return None
 
 
 @dataclass
@@ -47,4 +38,4 @@ class _Gathered(PendingStates):
     def wait(self) -> Tensor:
         if self.work is not None:
             self.work.wait()
-        return self.route.course.compose(self.pattern.unpack(self.rows), None)[0].B
+        return self.route.course.states(self.pattern.unpack(self.rows), None, None)

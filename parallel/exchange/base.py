@@ -64,11 +64,8 @@ class PendingStates(ABC):
     """An exchange that is under way."""
 
     @abstractmethod
-    def wait(self) -> Tensor | None:
-        """The state that enters each of this rank's runs ``[B, R, H, K, V]``: what all runs before it compose to.
-
-        None where nothing can enter them.
-        """
+    def wait(self) -> Tensor:
+        """The state that enters each of this rank's runs ``[B, R, H, K, V]``: what all runs before it compose to."""
 
 
 class Exchange(ABC):
@@ -83,7 +80,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def start(self, runs: Summary, route: Route) -> PendingStates:
-        """Start sending this rank's R runs (R may be 0) and return at once. Every rank of the group calls it.
+        """Start sending this rank's R runs (R may be 0) and return at once.
 
-        Where the route has a single run, nothing can enter it and nothing is made of what leaves it: `runs` is empty.
+        Every rank of the group calls it, wherever the route has more than one run.
         """

@@ -91,14 +91,17 @@ def test_a_course_is_one_map_after_the_other(
     if not seeded:
         seeds = torch.zeros_like(seeds)
     built = Course(chains, runs, wanted)
-    before, whole = built.compose(maps, seeds if seeded else None)
+    given_seeds = seeds if seeded else None
     slots = list(range(maps.count)) if wanted is None else wanted
     states, after = expected_course(chains, slots, maps, seeds, entering)
-    given_states, given_after = built.enter(before, entering), whole.apply(entering)
+    whole = built.leaving(maps, given_seeds)
+    given_states, given_after = built.states(maps, given_seeds, entering), whole.apply(entering)
     for slot, member in enumerate(slots):
         assert relative_error(given_states[:, slot : slot + 1], states[member]) < 1e-13
     for run in range(runs):
         assert relative_error(given_after[:, run : run + 1], after[run]) < 1e-13
+    nothing = built.states(maps, given_seeds, torch.zeros_like(entering))
+    assert torch.equal(built.states(maps, given_seeds, None), nothing)
     assert torch.equal(whole.pack(), Summary(whole.A, whole.B).pack())
 
 
@@ -123,8 +126,8 @@ def test_a_long_chain_in_float32(family: str) -> None:
         rotations, _ = torch.linalg.qr(Inputs(5, torch.float64).normal(B, 256, H, K, K))
         exact = Summary(0.999 * rotations, exact.B)
     course = Course([Chain(tuple(range(256)))], 1)
-    rounded, _ = course.compose(Summary(exact.A.float(), exact.B.float()), None)
-    assert relative_error(rounded.B, course.compose(exact, None)[0].B) < 1e-5
+    rounded = course.states(Summary(exact.A.float(), exact.B.float()), None, None)
+    assert relative_error(rounded, course.states(exact, None, None)) < 1e-5
 
 
 def test_shapes_are_checked() -> None:

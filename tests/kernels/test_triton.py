@@ -15,7 +15,7 @@ from tests.support import Inputs, assert_close, poisoned_memory, relative_error
 
 pytest.importorskip("triton")
 from lasp.kernels.triton.recurrences import TritonHeadDecay, TritonKeyDecay
-from lasp.kernels.triton.scan import compose, enter
+from lasp.kernels.triton.scan import leaving, states
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -79,8 +79,8 @@ def check(
             # Strong and weak by turns.
             g[:, ::3] *= 1e-3
         gates = (g.to(DEVICE),)
-    states = Inputs(2, torch.float32)
-    entry, exit = (states.normal(B, n, H, K, V).to(DEVICE) for _ in range(2))
+    given_states = Inputs(2, torch.float32)
+    entry, exit = (given_states.normal(B, n, H, K, V).to(DEVICE) for _ in range(2))
     longest = max(lengths)
     with poisoned_memory():
         given = results(form(longest), Segments(lengths, longest), q, Tokens(k, v, gates), do, entry, exit)
@@ -143,20 +143,18 @@ def test_courses(family: str, seeded: bool, course: tuple) -> None:
     seeds = Inputs(1, torch.float32).normal(maps.B.shape[0], 3, *maps.B.shape[2:]).to(DEVICE) if seeded else None
     built = Course(chains, runs, wanted)
     host = Summary(maps.A.double().cpu(), maps.B.double().cpu())
-    want = built.compose(host, None if seeds is None else seeds.double().cpu())
+    wide = None if seeds is None else seeds.double().cpu()
+    entering = Inputs(2, torch.float32).normal(maps.B.shape[0], runs, *maps.B.shape[2:])
     with poisoned_memory():
-        given_ = compose(built, maps, seeds)
-    for ours, theirs in zip(given_, want, strict=True):
-        assert relative_error(ours.A, theirs.A) < 1e-6
-        assert relative_error(ours.B, theirs.B) < 1e-6
-        assert relative_error(ours.pack(), theirs.pack()) < 1e-6
-    if built.longest and not built.closed:
-        states = Inputs(2, torch.float32).normal(
-            maps.B.shape[0], max(runs, 1 + max(c.run for c in chains)), *maps.B.shape[2:]
-        )
-        with poisoned_memory():
-            states_before = enter(built, given_[0], states.to(DEVICE))
-        assert relative_error(states_before, built.enter(want[0], states.double())) < 1e-6
+        ours = leaving(built, maps, seeds)
+        entered = states(built, maps, seeds, entering.to(DEVICE))
+        from_nothing = states(built, maps, seeds, None)
+    theirs = built.leaving(host, wide)
+    assert relative_error(ours.A, theirs.A) < 1e-6
+    assert relative_error(ours.B, theirs.B) < 1e-6
+    assert relative_error(ours.pack(), theirs.pack()) < 1e-6
+    assert relative_error(entered, built.states(host, wide, entering.double())) < 1e-6
+    assert relative_error(from_nothing, built.states(host, wide, None)) < 1e-6
 
 
 @pytest.fixture
@@ -199,6 +197,6 @@ def test_nothing_derived_from_the_gates_is_kept(decay: str) -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         start(*inputs[1:]).finish(q)
-    states = [t for t in kept if t.dim() == 5]
+    kept_states = [t for t in kept if t.dim() == 5]
     assert sorted(t.numel() for t in kept if t.dim() < 5) == sorted(t.numel() for t in inputs)
-    assert len(states) <= 1
+    assert len(kept_states) <= 1
