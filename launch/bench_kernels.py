@@ -70,8 +70,8 @@ class Options:
     shapes: tuple[str, ...] = ()
     #: Ranks of the fake group by which sequence parallelism's local work is measured; 0 leaves it out.
     sp_size: int = 8
-    #: Timed calls, of which the median counts.
-    calls: int = 20
+    #: Timed calls a turn, of which the median counts.
+    calls: int = 10
     #: Instead of all else, the seconds to each op's first gradient in a new process with an empty cache.
     cold_start: bool = False
     #: Where the JSON goes, and with another suffix the plot.
@@ -261,23 +261,37 @@ def passes(op: Op, tensors: list[Tensor | None], learnt: bool) -> tuple[Callable
     return forward, both
 
 
-def measure(op: Op, tensors: list[Tensor | None], learnt: bool, calls: int) -> Figure:
-    forward, both = passes(op, tensors, learnt)
+#: How often ops are timed by turns. The least counts: what else the machine does only adds.
+TURNS = 3
+
+
+def measure(ops: dict[str, Op], tensors: list[Tensor | None], learnt: bool, calls: int) -> dict[str, Figure]:
+    """The figures of ops on the same inputs, timed by turns."""
     leaves = [x for x in tensors[:-1] if x is not None]
-    with torch.no_grad():
-        figure = Figure(forward=milliseconds(forward, calls))
-    figure.both = milliseconds(both, calls)
+
+    def free() -> None:
+        for x in leaves:
+            x.grad = None
+
+    figures = {who: Figure(math.inf, math.inf) for who in ops}
+    for _ in range(TURNS):
+        for who, op in ops.items():
+            figure = figures[who]
+            forward, both = passes(op, tensors, learnt)
+            with torch.no_grad():
+                figure.forward = min(figure.forward, milliseconds(forward, calls))
+            figure.both = min(figure.both, milliseconds(both, calls))
+            free()
+    for who, op in ops.items():
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        passes(op, tensors, learnt)[1]()
+        figures[who].peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        free()
     for x in leaves:
-        x.grad = None
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    figure.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    for x in leaves:
-        x.grad = None
         x.requires_grad_(False)
-    return figure
+    return figures
 
 
 def ceilings() -> tuple[float, float]:
@@ -358,19 +372,24 @@ print(time.perf_counter() - start)
 
 
 def cold_starts(names: Sequence[str]) -> dict[str, float]:
-    """Seconds from a new process with an empty cache to the first output and gradients of each op."""
-    seconds = {}
-    for name in names:
-        with TemporaryDirectory() as cache:
-            told = subprocess.run(
+    """Seconds from a new process with an empty cache to the first output and gradients of each op, a process each at once."""
+    with TemporaryDirectory() as caches:
+        processes = {
+            name: subprocess.Popen(
                 [sys.executable, "-c", _FIRST_STEP.format(name=name)],
-                env=os.environ | {"TRITON_CACHE_DIR": cache},
+                env=os.environ | {"TRITON_CACHE_DIR": f"{caches}/{name}"},
                 stdout=subprocess.PIPE,
                 text=True,
-                check=True,
             )
-        seconds[name] = float(told.stdout.split()[-1])
-        print(f"{name:15} first output and gradients after {seconds[name]:.1f} s", flush=True)
+            for name in names
+        }
+        seconds = {}
+        for name, process in processes.items():
+            told, _ = process.communicate()
+            if process.returncode:
+                sys.exit(f"the first step of {name} failed: see above")
+            seconds[name] = float(told.split()[-1])
+            print(f"{name:15} first output and gradients after {seconds[name]:.1f} s", flush=True)
     return seconds
 
 
@@ -411,7 +430,7 @@ def run(options: Options, save: Callable[[dict[str, Any]], None]) -> dict[str, A
     }
     for shape in shapes:
         if shape.T <= 32768:
-            softmax[str(shape)] = measure(sdpa, inputs("linear_attn", shape, 1.0), False, options.calls)
+            softmax |= measure({str(shape): sdpa}, inputs("linear_attn", shape, 1.0), False, options.calls)
             print(f"{'softmax (SDPA)':15} {shape!s:26} {softmax[str(shape)]}", flush=True)
     for name in options.ops:
         case, peer = OPS[name], peer_of(name)
@@ -425,9 +444,8 @@ def run(options: Options, save: Callable[[dict[str, Any]], None]) -> dict[str, A
             bytes_forward, bytes_both = case.floor_bytes(shape, tensors[3])
             row = Row(name, str(shape), bytes_forward / copied * 1000, bytes_both / copied * 1000)
             row.compute_forward, row.compute_both = (x / multiplied * 1000 for x in floor_operations(shape))
-            for who, op in (("lasp", ours(name)), ("fla", peer)):
-                if op is not None:
-                    row.figures[who] = measure(op, tensors, case.learnt, options.calls)
+            sides = {"lasp": ours(name)} if peer is None else {"lasp": ours(name), "fla": peer}
+            row.figures = measure(sides, tensors, case.learnt, options.calls)
             rows.append(row)
             print(line(row), flush=True)
             del tensors

@@ -30,8 +30,6 @@ class Kernel:
 
     def __init__(self, function: Any):
         self.function = function
-        #: Of which tensors a compiled form takes nothing for granted.
-        self.anywhere = frozenset(function.kwargs.get("do_not_specialize_on_alignment") or ())
 
     def launch(self, grid: tuple[int, int, int], *numbers: float, warps: int, **constants: Any) -> Launch:
         """Everything of a launch but its tensors: made once for all that are of the same sizes."""
@@ -88,8 +86,10 @@ class Launch:
 
     def _check(self, tensors: tuple[Tensor, ...]) -> None:
         """What a compiled form takes for granted, where there is time to look."""
-        for name, x in zip(self._kernel.function.arg_names, tensors, strict=False):
-            if name not in self._kernel.anywhere:
+        function = self._kernel.function
+        anywhere = function.kwargs.get("do_not_specialize_on_alignment") or ()
+        for name, x in zip(function.arg_names, tensors, strict=False):
+            if name not in anywhere:
                 assert x.is_contiguous(), f"{name} must be contiguous"
                 assert x.data_ptr() % 16 == 0, f"{name} must begin at a multiple of 16 bytes"
 

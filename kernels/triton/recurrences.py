@@ -118,16 +118,14 @@ class TritonHeadDecay(Recurrence):
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         bounds = segments.bounds(k.device)
         kind, g, G = self._decay(tokens)
-        # Gated, the two differ too much to run side by side.
-        roles = ("both",) if K == V and not gated else ("dv", "dk")
         k_dk = S_dS = entry
-        for role in roles:
-            if gated and role == "dk":
-                k_dk = torch.empty_like(kept[0])
-                S_dS = torch.empty(*k_dk.shape[:3], n, dtype=torch.float32, device=k.device)
-            _attend_back(B, T, H, K, V, n, k.dtype, kind, role, gated and role == "dk", scale)(
-                q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, bounds
-            )
+        if gated:
+            k_dk = torch.empty_like(kept[0])
+            S_dS = torch.empty(*k_dk.shape[:3], n, dtype=torch.float32, device=k.device)
+        # Side by side they read what they share once.
+        for role in ("both",) if K == V else ("dv", "dk"):
+            launch = _attend_back(B, T, H, K, V, n, k.dtype, kind, role, gated and role != "dv", scale)
+            launch(q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, bounds)
         if not gated:
             return Tokens(dk, dv)
         gate = tokens.gates[0]
@@ -336,7 +334,7 @@ def _attend_back(
 
 @_once
 def _gate_gradient(B: int, T: int, H: int, n: int, blocks: int, kind: int) -> Launch:
-    return gate_gradient.launch((B * H, n, 1), T, H, n, blocks, DECAY=kind, BLOCK=1024, warps=4)
+    return gate_gradient.launch((B * H, n, 1), T, H, n, blocks, DECAY=kind, BLOCK=4096, warps=8)
 
 
 @_once
