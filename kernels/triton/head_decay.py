@@ -172,8 +172,9 @@ def attend(
 ):
     """o, or with ACROSS, where the state lies in memory as ``[DC, DA]``, dq. Grid: (B · H, segments, blocks of BC columns).
 
-    GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out, EXACT: but for what j = i gave to
-    it. The gates' gradients sum over these, and over what is left when most of it cancels: nothing on the way is rounded.
+    GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out, to be summed for the gates:
+    nothing on the way there is rounded. From q · dq is taken what k · dk would have of pairs in its own chunk; EXACT: what a
+    token gives to itself, which is in both, is in neither.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -224,54 +225,42 @@ def attend_back(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dv, dk, or both where K = V. Grid: (roles · blocks of BLOCK columns, B · H, segments).
+    """dv, dk, or both where K = V and nothing is gated. Grid: (roles · blocks of BLOCK columns, B · H, segments).
 
     GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, and the products of the states that enter the segments with
     their gradients, ``S_dS: [blocks, B, H, n]``.
     """
-    # Neighbours on the grid read the same tensors.
-    roles: tl.constexpr = 2 if ROLE == "both" else 1
-    block = tl.program_id(0) // roles
-    second = tl.program_id(0) % roles == 1
-    if ROLE == "both" and not GATED:
-        # One body for the two.
-        a, b, c, out, step_down, step_right = k, q, do, dv, 1, V
-        if second:
-            a, b, c, out, step_down, step_right = v, do, q, dk, V, 1
-        _leave(
-            a, b, c, out, k, k_dk, S_dS, S, dS, g, G, bounds, scale, unscale, T, H, n, block, step_down, step_right,
-            K, V, BK, BLOCK, C, DECAY, EXACT, False, STAGES, PRECISION,
-        )  # fmt: skip
-    elif ROLE == "dk" or second:
-        _leave(
-            v, do, q, dk, k, k_dk, S_dS, S, dS, g, G, bounds, scale, unscale, T, H, n, block, V, 1,
-            V, K, BV, BLOCK, C, DECAY, EXACT, GATED, STAGES, PRECISION,
-        )  # fmt: skip
-    else:
-        _leave(
-            k, q, do, dv, k, k_dk, S_dS, S, dS, g, G, bounds, scale, unscale, T, H, n, block, 1, V,
-            K, V, BK, BLOCK, C, DECAY, EXACT, False, STAGES, PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _leave(
-    a, b, c, out, x, x_out, S_dS, S, dS, g, G, bounds, scale, unscale, T, H, n, block, step_down, step_right,
-    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    EXACT: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One role of `attend_back`: the state's gradient, from the segment's end, in the given steps of memory."""
     bh = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
-    down = block * BC + tl.arange(0, BC)
+    if ROLE == "dv":
+        block = tl.program_id(0)
+        a, b, c, out = k, q, do, dv
+        step_down, step_right = 1, V
+    elif ROLE == "dk":
+        block = tl.program_id(0)
+        a, b, c, out = v, do, q, dk
+        step_down, step_right = V, 1
+    else:
+        # Neighbours on the grid read the same four tensors.
+        block = tl.program_id(0) // 2
+        if tl.program_id(0) % 2 == 0:
+            a, b, c, out = k, q, do, dv
+            step_down, step_right = 1, V
+        else:
+            a, b, c, out = v, do, q, dk
+            step_down, step_right = V, 1
+    DA: tl.constexpr = V if ROLE == "dk" else K
+    DC: tl.constexpr = K if ROLE == "dk" else V
+    BA: tl.constexpr = BV if ROLE == "dk" else BK
+    down = block * BLOCK + tl.arange(0, BLOCK)
     right = tl.arange(0, BA)
-    at = ((bh // H * n + segment) * H + bh % H) * (DA * DC) + down[:, None] * step_down + right[None, :] * step_right
+    at = ((bh // H * n + segment) * H + bh % H) * (K * V) + down[:, None] * step_down + right[None, :] * step_right
     mask = (down < DC)[:, None] & (right < DA)[None, :]
     end = tl.load(dS + at, mask=mask, other=0.0) * unscale
     programs = tl.num_programs(1).to(tl.int64)
     start = _attend(
-        bh, segment, block, end, a, b, c, out, g, G, x, x_out + block * programs * T, bounds, scale, T, H,
-        DA, DC, BA, BC, C, DECAY, True, EXACT, GATED, STAGES, PRECISION,
+        bh, segment, block, end, a, b, c, out, g, G, k, k_dk + block * programs * T, bounds, scale, T, H,
+        DA, DC, BA, BLOCK, C, DECAY, True, EXACT, GATED, STAGES, PRECISION,
     )  # fmt: skip
     if GATED:
         both = tl.load(S + at, mask=mask, other=0.0) * start * scale
@@ -358,17 +347,15 @@ def _attend(
                     between = tl.cumsum(tl.where(rows[:, None] < rows[None, :], own[None, :], 0.0), 1)
                 p = tl.where(seen, p * tl.exp2(between), 0.0)
             else:
-                p = tl.where(seen, p * tl.exp2(tl.minimum(enter[None, :] - enter[:, None], 0.0)), 0.0)
+                p *= tl.exp2(tl.where(seen, enter[None, :] - enter[:, None], float("-inf")))
         tc = tl.trans(Cs.load([t, block * BC]))
         if GATED:
-            # The chunk's own share is made of pairs, so that p may be rounded in o.
             tx = Xs.load([t, block * BC])
-            pairs_x = product(Cs.load([t, block * BC]), tl.trans(tx), PRECISION)
-            with_x = tl.trans(tx).to(tl.float32) * o
-            if BC == C:
-                with_x = tl.sum(with_x + p * pairs_x, 0)
-            else:
-                with_x = tl.sum(with_x, 0) + tl.sum(p * pairs_x, 0)
+            with_x = tl.sum(tl.trans(tx).to(tl.float32) * o, 0)
+            if not REVERSE:
+                # What the chunk's pairs give to q · dq and to k · dk, unrounded: p is rounded in o.
+                both = p * product(Cs.load([t, block * BC]), tl.trans(tx), PRECISION)
+                with_x += tl.sum(both, 0) - tl.sum(both, 1)
             tl.store(x_out + along + t + rows, with_x * scale, mask=rows < length - t)
             if EXACT:
                 o += tc.to(tl.float32) * itself[None, :]

@@ -122,9 +122,9 @@ class TritonHeadDecay(Recurrence):
         if gated:
             k_dk = torch.empty_like(kept[0])
             S_dS = torch.empty(*k_dk.shape[:3], n, dtype=torch.float32, device=k.device)
-        # Side by side they read what they share once.
-        for role in ("both",) if K == V else ("dv", "dk"):
-            launch = _attend_back(B, T, H, K, V, n, k.dtype, kind, role, gated and role != "dv", scale)
+        # Side by side they read what they share once. Gated, the two differ too much.
+        for role in ("both",) if K == V and not gated else ("dv", "dk"):
+            launch = _attend_back(B, T, H, K, V, n, k.dtype, kind, role, gated and role == "dk", scale)
             launch(q, k, v, do, dk, dv, g, G, exit_gradient, entry, k_dk, S_dS, bounds)
         if not gated:
             return Tokens(dk, dv)

@@ -54,7 +54,7 @@ def tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
 
 @cache
 def gated_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
-    """Those of the kernels that also make what the gates' gradients sum over."""
+    """Those of the kernels that also make what the gates' gradients sum over. Sums are made for the C of `tiles`: keep it."""
     tile = tiles(DA, DC, dtype)
     # Two programs a processor: one computes while the other waits.
     if tile.warps == 8 and tile.BA <= 128:
