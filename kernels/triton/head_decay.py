@@ -173,8 +173,7 @@ def attend(
     """o, or with ACROSS, where the state lies in memory as ``[DC, DA]``, dq. Grid: (B · H, segments, blocks of BC columns).
 
     GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out, to be summed for the gates:
-    nothing on the way there is rounded. From q · dq is taken what k · dk would have of pairs in its own chunk; EXACT: what a
-    token gives to itself, which is in both, is in neither.
+    nothing on the way there is rounded. EXACT: what a token gives to itself, which is in both, is in neither.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -325,7 +324,7 @@ def _attend(
                 next_within, next_whole = _sums(G + along + following, length - following, rows, C)
                 if GATED:
                     # They would be spilled.
-                    within = tl.load(G + along + t + rows, mask=rows < valid, other=0.0)
+                    within = tl.load(G + along + t + tl.minimum(rows, valid - 1))
             enter = within
             if DECAY == CONSTANT:
                 leave = rate * tl.maximum(valid - 1 - rows, 0)
@@ -351,11 +350,9 @@ def _attend(
         tc = tl.trans(Cs.load([t, block * BC]))
         if GATED:
             tx = Xs.load([t, block * BC])
-            with_x = tl.sum(tl.trans(tx).to(tl.float32) * o, 0)
-            if not REVERSE:
-                # What the chunk's pairs give to q · dq and to k · dk, unrounded: p is rounded in o.
-                both = p * product(Cs.load([t, block * BC]), tl.trans(tx), PRECISION)
-                with_x += tl.sum(both, 0) - tl.sum(both, 1)
+            # What the chunk's pairs give is made of products with x: in o, p is rounded.
+            pairs_x = product(Cs.load([t, block * BC]), tl.trans(tx), PRECISION)
+            with_x = tl.sum(tl.trans(tx).to(tl.float32) * o, 0) + tl.sum(p * pairs_x, 0)
             tl.store(x_out + along + t + rows, with_x * scale, mask=rows < length - t)
             if EXACT:
                 o += tc.to(tl.float32) * itself[None, :]

@@ -140,12 +140,16 @@ class Mask:
                 distance = q[i] - k[j]
                 return (q_document[i] == k_document[j]) & (distance >= low) & (distance < high)
 
-            self._on[device] = BlockMask.from_kv_blocks(
+            # Both ways made here: `BlockMask.from_kv_blocks` maps a function over batches, which fails inside an operator while
+            # torch looks at what it aliases.
+            self._on[device] = BlockMask(
+                (len(self.queries), len(self.keys)),
                 *_rows_of_blocks(partial),
                 *_rows_of_blocks(every),
-                BLOCK_SIZE=BLOCK,
+                *_rows_of_blocks(partial.t()),
+                *_rows_of_blocks(every.t()),
+                BLOCK_SIZE=(BLOCK, BLOCK),
                 mask_mod=mask_mod,
-                seq_lengths=(len(self.queries), len(self.keys)),
             )
         blocks: BlockMask = self._on[device]
         return blocks
@@ -158,7 +162,7 @@ def _bounds(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_of_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries takes, and which come first: int32 ``[1, 1, Nq]``, ``[1, 1, Nq, Nk]``."""
+    """How many are chosen of each row of blocks ``[N, M]``, and which come first: int32 ``[1, 1, N]``, ``[1, 1, N, M]``."""
     counts = chosen.sum(1, dtype=torch.int32)
     order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None].contiguous(), order[None, None].contiguous()
