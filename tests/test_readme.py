@@ -83,6 +83,8 @@ def test_the_kernels_figures_are_recorded() -> None:
     both = {(row["layer"], row["form"]): row["both"] for row in rows}
     conv, norm = (both[layer, "fla"] / both[layer, "lasp"] for layer in ("conv", "norm by head"))
     assert f"{conv:.1f} and {norm:.1f} times as fast" in " ".join(README.split())
+    seconds = json.loads((ROOT / "launch/results/cold_start.json").read_text())["figures"]["seconds"].values()
+    assert f"takes {min(seconds):.0f} to {max(seconds):.0f} s" in " ".join(README.split())
 
 
 def test_links_lead_somewhere() -> None:
