@@ -70,7 +70,7 @@ class Options:
     shapes: tuple[str, ...] = ()
     #: Ranks of the fake group by which sequence parallelism's local work is measured; 0 leaves it out.
     sp_size: int = 8
-    #: Timed calls a turn, of which the median counts.
+    #: Timed calls a turn, at least, of which the median counts.
     calls: int = 10
     #: Instead of all else, the seconds to each op's first gradient in a new process with an empty cache.
     cold_start: bool = False
@@ -213,18 +213,27 @@ def errors(name: str, peer: Op | None, strength: float) -> dict[str, dict[str, f
 # -- time and memory --------------------------------------------------------------------------------------------------
 
 
+#: For how many milliseconds a call is timed at least: a host that is disturbed for a moment does not decide.
+LONG_ENOUGH = 50.0
+
+
 def milliseconds(call: Callable[[], Any], calls: int) -> float:
-    """The median time of a call, on the device, the gaps between its kernels included."""
+    """The median time of a call, on the device, the gaps between its kernels included; of `calls`, of short ones more."""
     for _ in range(3):
         call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-    torch.cuda.synchronize()
-    for first, last in events:
-        first.record()
-        call()
-        last.record()
-    torch.cuda.synchronize()
-    return sorted(first.elapsed_time(last) for first, last in events)[calls // 2]
+
+    def times(count: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        torch.cuda.synchronize()
+        for first, last in events:
+            first.record()
+            call()
+            last.record()
+        torch.cuda.synchronize()
+        return sorted(first.elapsed_time(last) for first, last in events)
+
+    calls = max(calls, int(LONG_ENOUGH / max(times(3)[1], 0.1)))
+    return times(calls)[calls // 2]
 
 
 @dataclass

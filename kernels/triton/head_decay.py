@@ -322,6 +322,9 @@ def _attend(
                 within, whole = next_within, next_whole
                 following = tl.maximum(t - C, 0) if REVERSE else tl.minimum(t + C, last)
                 next_within, next_whole = _sums(G + along + following, length - following, rows, C)
+                if GATED and REVERSE:
+                    # They would be spilled.
+                    within = tl.load(G + along + t + tl.minimum(rows, valid - 1))
             enter = within
             if DECAY == CONSTANT:
                 leave = rate * tl.maximum(valid - 1 - rows, 0)
