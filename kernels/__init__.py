@@ -5,6 +5,6 @@ from lasp.kernels.course import Chain, Course
 from lasp.kernels.forms import elementwise_decay
 from lasp.kernels.recurrence import Recurrence, Tokens
 from lasp.kernels.segments import Segments
-from lasp.kernels.summary import Summary
+from lasp.kernels.summary import Summary, act
 
-__all__ = ["Chain", "ChunkedDecay", "Course", "Recurrence", "Segments", "Summary", "Tokens", "elementwise_decay"]
+__all__ = ["Chain", "ChunkedDecay", "Course", "Recurrence", "Segments", "Summary", "Tokens", "act", "elementwise_decay"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import triton as forms
-from lasp.launch.bench_kernels import ceilings, milliseconds
 from lasp.launch.record import record
+from lasp.launch.timing import ceilings, milliseconds
 from lasp.layers.norm import rms_norm
 from lasp.ops import causal_conv1d
 

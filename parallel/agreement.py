@@ -34,8 +34,16 @@ class Agreement:
 
         Raises:
             ValueError: on every rank alike, naming this rank's `problem`, or the other ranks that have one or differ.
-            RuntimeError: where a rank does not come within the timeout.
+            RuntimeError: where a rank does not come within the timeout, or the job is ending.
         """
+        try:
+            self._settle(statement, problem)
+        except dist.DistNetworkError as error:
+            raise RuntimeError(
+                f"rank 0 of the job, which keeps what its ranks tell each other, has ended: look at its log ({error})"
+            ) from error
+
+    def _settle(self, statement: str, problem: str | None) -> None:
         key = f"round/{self.rounds}"
         self.rounds += 1
         common = self.store.compare_set(f"{key}/statement", "", statement).decode()

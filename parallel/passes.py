@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Course, Recurrence, Summary, Tokens
-from lasp.parallel.exchange import PendingStates, Route
+from lasp.parallel.exchange import Route, Running
 from lasp.parallel.plan import Plan
 from lasp.parallel.sequence_parallel import SequenceParallel
 
@@ -41,7 +41,7 @@ class Started:
     tokens: Tokens
     maps: Summary
     initial_state: Tensor | None
-    states: PendingStates | None
+    states: Running | None
 
 
 @dataclass
@@ -66,7 +66,7 @@ def start(recurrence: Recurrence, tokens: Tokens, initial_state: Tensor | None, 
 
 def _exchange(
     sp: SequenceParallel, course: Course, maps: Summary, seeds: Tensor | None, route: Route
-) -> PendingStates | None:
+) -> Running | None:
     """Send what this rank's runs do to the state, where there are any that could feel it."""
     return sp.exchange.start(course.leaving(maps, seeds), route) if len(route.order) > 1 else None
 

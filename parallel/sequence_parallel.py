@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.parallel.agreement import Agreement
-from lasp.parallel.exchange import EXCHANGES, Exchange
+from lasp.parallel.exchange import EXCHANGES, Exchange, build_exchange
 from lasp.parallel.layout import SequenceLayout
+from lasp.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class Method:
 
 
 #: The methods by name, as ``--sp`` takes them.
-METHODS = {"lasp2": Method(exchange="all-gather", softmax="all-gather")}
+METHODS = {
+    "lasp2": Method(exchange="all-gather", softmax="all-gather"),
+    "lasp1": Method(exchange="ring", softmax="ring"),
+    "zeco": Method(exchange="pipelined", softmax="all-gather"),
+}
 
 #: How softmax layers share keys and values, as ``--softmax-sp`` takes it.
 SOFTMAX = ("all-gather", "ring")
@@ -42,10 +47,12 @@ class SequenceParallel:
         group: the ranks: a process group or a `DeviceMesh` of one axis. None for a single rank.
         layout: who holds which tokens. Its world size is the group's.
         method: ``"lasp2"``: one all-gather of the states for linear layers, all-gather attention for softmax layers
-            (LASP-2H), https://arxiv.org/abs/2502.07563.
-        exchange: how the linear layers' states travel: ``"auto"`` (the method's own) or ``"all-gather"``.
+            (LASP-2H), https://arxiv.org/abs/2502.07563. ``"lasp1"``: both go round a ring, https://arxiv.org/abs/2404.02882
+            and https://arxiv.org/abs/2310.01889. ``"zeco"``: states in a pipeline of blocks, https://arxiv.org/abs/2507.01004.
+        exchange: how the linear layers' states travel: ``"auto"`` (the method's own), or one of `EXCHANGES`.
         softmax: how the softmax layers' keys and values travel: ``"auto"`` (the method's own), ``"all-gather"`` or
             ``"ring"``.
+        nodes: the node of each rank, by which the exchange ``"two-level"`` goes; by the ranks' host names when None.
         check: whether ops settle among the ranks that their inputs agree before they communicate, so that a mistake is one
             clear error everywhere and no hang. On CPU groups every call does, elsewhere the first call of each kind.
 
@@ -66,6 +73,7 @@ class SequenceParallel:
         exchange: str = "auto",
         softmax: str = "auto",
         check: bool = True,
+        nodes: Sequence[int] | None = None,
     ):
         self.group = group.get_group() if isinstance(group, DeviceMesh) else group
         self.layout = layout
@@ -74,7 +82,8 @@ class SequenceParallel:
         self._agreement: Agreement | None = None
         self._settled: set[Hashable] = set()
         self._settle_always = False
-        if check and self.group is not None and self.world_size > 1 and dist.get_backend(self.group) != "fake":
+        self._fake = self.group is not None and dist.get_backend(self.group) == "fake"
+        if check and self.group is not None and self.world_size > 1 and not self._fake:
             self._agreement = Agreement(self.group)
             self._settle_always = "nccl" not in dist.get_backend(self.group)
 
@@ -98,7 +107,8 @@ class SequenceParallel:
         self.method = method
         self.softmax = METHODS[method].softmax if softmax == "auto" else softmax
         travels = METHODS[method].exchange if exchange == "auto" else exchange
-        self.exchange: Exchange = EXCHANGES[travels](self.group)
+        topology = Topology.of(self.group, (0,) * self.world_size if self._fake else nodes)
+        self.exchange: Exchange = build_exchange(travels, self.group, topology)
         #: How many tokens this rank holds, and how many documents there are.
         self.local_tokens, self.num_documents = layout.local_tokens(self.rank), layout.num_documents
         #: Two of one name are of the same ranks, layout and method, so that either can stand for the other.
@@ -107,6 +117,7 @@ class SequenceParallel:
                 "alone" if self.group is None else f"group {self.group.group_name}",
                 f"rank {self.rank} of {self.world_size}",
                 travels,
+                str(topology.nodes),
                 self.softmax,
                 content,
             ]

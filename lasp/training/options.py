@@ -57,13 +57,14 @@ class Options:
     """How many tokens a token of a softmax layer sees. All before it if not given."""
 
     sp: str = "lasp2"
-    """Method of sequence parallelism: lasp2, or none for data parallelism alone."""
+    """Method of sequence parallelism: lasp2, lasp1 (rings), zeco (pipelined states), or none for data parallelism alone."""
     sp_size: int | None = None
     """How many consecutive ranks share a sequence; the other ranks take other sequences. All ranks if not given."""
     layout: str = "contiguous"
     """Who holds which tokens of a sequence: contiguous, zigzag (balances causal softmax), zigzag-per-document."""
     exchange: str = "auto"
-    """How the linear layers' states travel between ranks: auto (the method's own) or all-gather."""
+    """How the linear layers' states travel between ranks: auto (the method's own), all-gather, ring, pipelined (ring in
+    blocks), scan (by doubling), two-level (inside nodes, then between them)."""
     softmax_sp: str = "auto"
     """How the softmax layers' keys and values travel: auto (the method's own), all-gather or ring."""
 

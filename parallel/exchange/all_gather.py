@@ -10,24 +10,31 @@ from torch import Tensor
 
 from lasp.kernels import Summary
 from lasp.parallel.collectives import all_gather_rows
-from lasp.parallel.exchange.base import Exchange, PendingStates, Route
+from lasp.parallel.exchange.base import Exchange, Route
+from lasp.parallel.exchange.lane import Running
 
 
 class AllGather(Exchange):
     """Every rank receives every summary in one collective and composes what it needs: (W−1)·S bytes a rank, one step."""
 
-    def start(self, runs: Summary, route: Route) -> PendingStates:
+    name = "all-gather"
+
+    def start(self, runs: Summary, route: Route) -> Running:
+        # One collective needs no lane: it is asynchronous by itself.
+        return super().start(runs, route) if route.world_size == 1 else self._gather(runs, route, self.group)
+
+    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+        return self._gather(runs, route, group).wait()
+
+    def _gather(self, runs: Summary, route: Route, group: dist.ProcessGroup | None) -> _Gathered:
         rows = runs.pack()
-        if route.world_size == 1:
-            return _Gathered(runs, rows, None, route)
         missing = route.slots - rows.shape[0]
         sent = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
-        received, work = all_gather_rows(sent, self.group)
-        return _Gathered(runs, received, work, route)
+        return _Gathered(runs, *all_gather_rows(sent, group), route)
 
 
 @dataclass
-class _Gathered(PendingStates):
+class _Gathered:
     """The runs of all ranks, a row each; those of a rank with fewer than `Route.slots` are followed by rows of zeros."""
 
     pattern: Summary

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Chain, Course, Summary
+from lasp.parallel.exchange.lane import Lane, Running
 from lasp.parallel.layout import SequenceLayout
+from lasp.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,16 @@ class Route:
         return max(self.runs_per_rank)
 
     @cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}
+
+    def cached(self, key: Any, build: Callable[[], Any]) -> Any:
+        """What `build` returns, built once for this route."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
+
+    @cached_property
     def course(self) -> Course:
         """All runs in order, from rows of ``world_size · slots`` runs, to the states before this rank's."""
         row = {key: key[0] * self.slots + key[1] for key in self.order}
@@ -60,27 +74,41 @@ class Route:
         return Course([Chain(tuple(row[key] for key in self.order))] if self.order else [], 0, mine)
 
 
-class PendingStates(ABC):
-    """An exchange that is under way."""
-
-    @abstractmethod
-    def wait(self) -> Tensor:
-        """The state that enters each of this rank's runs ``[B, R, H, K, V]``: what all runs before it compose to."""
-
-
 class Exchange(ABC):
     """Moves the summaries of runs between ranks. It knows neither recurrences nor layouts.
 
     Args:
         group: the sequence-parallel ranks; None for a single one.
+        topology: their nodes.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None):
-        self.group = group
+    #: As options call it.
+    name: str
 
-    @abstractmethod
-    def start(self, runs: Summary, route: Route) -> PendingStates:
+    def __init__(self, group: dist.ProcessGroup | None, topology: Topology):
+        self.group, self.topology = group, topology
+
+    def start(self, runs: Summary, route: Route) -> Running:
         """Start sending this rank's R runs (R may be 0) and return at once.
 
-        Every rank of the group calls it, wherever the route has more than one run.
+        Every rank of the group calls it, wherever the route has more than one run. What is waited for is the state that enters
+        each of this rank's runs ``[B, R, H, K, V]``: what all runs before it compose to.
         """
+        if route.world_size == 1 or self.group is None:
+            return Alone(route.course.states(runs, None, None))
+        lane = Lane.of(self.group)
+        return lane.run(lambda: self.states(runs, route, lane.group), (runs.A, runs.B))
+
+    @abstractmethod
+    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+        """The same in one go, between the ranks of a group that are numbered as in the route."""
+
+
+@dataclass
+class Alone:
+    """What is there already."""
+
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        return self.result

@@ -1,0 +1,50 @@
+"""A prefix scan by doubling: log2 W steps of S bytes (Hillis and Steele, https://doi.org/10.1145/7902.7903)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.kernels import Summary
+from lasp.parallel.exchange.base import Exchange, Route
+from lasp.parallel.exchange.lane import transfer
+
+
+class Scan(Exchange):
+    """After step s every run knows what the 2^s runs before it, and itself, do to the state."""
+
+    name = "scan"
+
+    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+        mine = {position: run for position, (rank, run) in enumerate(route.order) if rank == route.rank}
+        own = {p: Summary(runs.A[:, run : run + 1], runs.B[:, run : run + 1]) for p, run in mine.items()}
+        # What the runs before each, as far as they are known, compose to.
+        before: dict[int, Summary] = {}
+        reach = 1
+        while reach < len(route.order):
+            through = {
+                p: before[p].compose(own[p]) if p in before else own[p] for p in mine if p + reach < len(route.order)
+            }
+            sent, received, came = [], [], {}
+            for p in sorted({*mine, *(p - reach for p in mine)}):
+                source, target = p, p + reach
+                if source < 0 or target >= len(route.order):
+                    continue
+                if source in mine and target in mine:
+                    came[target] = through[source]
+                elif source in mine:
+                    sent.append((route.order[target][0], through[source].pack()))
+                elif target in mine:
+                    rows = runs.empty(1).pack()
+                    received.append((route.order[source][0], rows))
+                    came[target] = runs.unpack(rows)
+            transfer(sent, received, group)
+            for p, further in came.items():
+                before[p] = further.compose(before[p]) if p in before else further
+            reach *= 2
+        entering = torch.zeros_like(runs.B)
+        for p, run in mine.items():
+            if p in before:
+                entering[:, run : run + 1] = before[p].B
+        return entering

@@ -1,0 +1,144 @@
+"""Nodes first: each of a node's ranks composes a part of the node's states and sends it between the nodes over its own card.
+
+Heads do not feel each other, nor do columns of a state. So inside a node of G ranks each rank gets a G-th of the heads of all
+the node's summaries, composes them to what the node does to the state, takes part in any other exchange with its like in the
+other nodes, and hands the states that enter the runs back: two all-to-alls inside the node, and between nodes a G-th of the
+bytes of the exchange between N nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.kernels import Chain, Course, Summary
+from lasp.parallel.exchange.base import Exchange, Route
+from lasp.parallel.exchange.lane import Lane, named_failure
+from lasp.parallel.topology import Topology
+
+
+class TwoLevel(Exchange):
+    """Inside the nodes, then between them by the exchange `outer`."""
+
+    name = "two-level"
+
+    def __init__(self, group: dist.ProcessGroup | None, topology: Topology, outer: type[Exchange]):
+        super().__init__(group, topology)
+        if not topology.even:
+            counts = [topology.nodes.count(node) for node in range(topology.count)]
+            raise ValueError(
+                f"exchange='two-level' needs as many ranks on every node, given {counts}: choose exchange='scan' instead"
+            )
+        self.outer = outer(group, topology)
+        if group is not None:
+            lane, rank = Lane.of(group), dist.get_rank(group)
+            ranks = dist.get_process_group_ranks(group)
+            self._node = lane.among([ranks[r] for r in topology.node_of(rank)])
+            self._peers = lane.among([ranks[r] for r in topology.peers_of(rank)])
+
+    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+        node: _Node = route.cached(("node", self.topology.nodes), lambda: _Node.of(route, self.topology))
+        parts = _parts(runs, len(node.members))
+        mine = parts[node.place]
+        # The node's runs, as far as this rank's heads go: those of each member in turn.
+        rows = torch.cat([part.of(runs).pack().flatten() for part in parts])
+        counts = [route.runs_per_rank[rank] for rank in node.members]
+        pattern = mine.of(runs)
+        size = pattern.empty(1).pack().numel()
+        sizes = [part.of(runs).empty(1).pack().numel() * runs.count for part in parts]
+        rows = _all_to_all(rows, sizes, [count * size for count in counts], self._node).view(-1, size)
+        here = pattern.unpack(rows)
+        entering = None
+        if len(node.route.order) > 1:
+            entering = self.outer.states(node.course.leaving(here, None), node.route, self._peers)
+        states = node.course.states(here, None, entering)
+        # And back: to each member the states of its runs.
+        width = states[:, :1].numel()
+        back = [count * width for count in counts]
+        shapes = [part.of(runs).B.movedim(1, 0).shape for part in parts]
+        came = _all_to_all(
+            states.movedim(1, 0).reshape(-1), back, [shape.numel() for shape in shapes], self._node
+        ).split([shape.numel() for shape in shapes])
+        return torch.cat(
+            [x.view(shape).movedim(0, 1) for x, shape in zip(came, shapes, strict=True)], dim=mine.axis
+        ).contiguous()
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node's part of a route.
+
+    Attributes:
+        members: its ranks.
+        place: which of them this rank is.
+        course: the runs of all members in turn, as chains of those that follow one another along the sequence.
+        route: the chains of all nodes, as the runs of an exchange between nodes.
+    """
+
+    members: tuple[int, ...]
+    place: int
+    course: Course
+    route: Route
+
+    @classmethod
+    def of(cls, route: Route, topology: Topology) -> _Node:
+        members = topology.node_of(route.rank)
+        peers = topology.peers_of(route.rank)
+        # Nodes are numbered as this rank's like in them are, in the group that they form.
+        number = {topology.nodes[rank]: i for i, rank in enumerate(peers)}
+        offsets = {rank: sum(route.runs_per_rank[r] for r in members if r < rank) for rank in members}
+        order: list[tuple[int, int]] = []
+        counts = [0] * len(peers)
+        chains: list[list[int]] = []
+        last = None
+        for rank, run in route.order:
+            node = number[topology.nodes[rank]]
+            if node != last:
+                order.append((node, counts[node]))
+                counts[node] += 1
+                if rank in offsets:
+                    chains.append([])
+            if rank in offsets:
+                chains[-1].append(offsets[rank] + run)
+            last = node
+        total = sum(route.runs_per_rank[rank] for rank in members)
+        course = Course([Chain(tuple(own), i) for i, own in enumerate(chains)], len(chains), range(total))
+        between = Route(number[topology.nodes[route.rank]], tuple(counts), tuple(order))
+        return cls(members, members.index(route.rank), course, between)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some heads, or some columns, of states."""
+
+    axis: int
+    start: int
+    length: int
+
+    def of(self, runs: Summary) -> Summary:
+        """That part of the runs' maps."""
+        A = runs.A
+        if self.axis == 2 and A.shape[2] > 1:
+            A = A.narrow(2, self.start, self.length)
+        return Summary(A, runs.B.narrow(self.axis, self.start, self.length))
+
+
+def _parts(runs: Summary, count: int) -> list[_Part]:
+    """Parts for so many ranks: of the heads where there are as many, else of the columns."""
+    axis = 2 if runs.B.shape[2] >= count else 4
+    bounds = [runs.B.shape[axis] * i // count for i in range(count + 1)]
+    return [_Part(axis, start, end - start) for start, end in pairwise(bounds)]
+
+
+def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Numbers for each rank of the group, and from each."""
+    if len(sent) == 1:
+        return x
+    out = x.new_empty(sum(received))
+    with named_failure():
+        dist.all_to_all_single(out, x, received, sent, group=group)
+    return out

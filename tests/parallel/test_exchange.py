@@ -1,0 +1,283 @@
+"""Every exchange against the maps applied one after the other: families × layouts × nodes × 1, 2, 3, 4 and 8 ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from lasp import SequenceLayout, SequenceParallel
+from lasp.kernels import ChunkedDecay, Summary
+from lasp.ops import gla, linear_attn
+from lasp.parallel.exchange import EXCHANGES, FLAT, Exchange, Pipelined, Ring, Route, TwoLevel, build_exchange
+from lasp.parallel.topology import Topology
+from tests.kernels.test_summary import FAMILIES
+from tests.parallel.test_linear import run
+from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, poisoned_memory, relative_error
+
+B, H, K, V = 2, 3, 4, 5
+Groups = dict[int, dist.ProcessGroup]
+#: The nodes of the ranks, by their number: in order, by turns, and each on its own.
+NODES = {
+    1: [(0,)],
+    2: [(0, 0), (0, 1)],
+    3: [(0, 0, 0), (0, 1, 2)],
+    4: [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 0), (0, 1, 2, 3)],
+    8: [(0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1, 2, 2, 3, 3), (0, 1, 0, 1, 0, 1, 0, 1)],
+}
+
+
+class InBlocks(Pipelined):
+    """As many blocks as there are columns, and a last one that is wider than the others where two remain."""
+
+    def blocks(self, route: Route, size: int, columns: int) -> int:
+        return max(1, columns - 1)
+
+
+def exchanges(group: dist.ProcessGroup | None, world: int) -> Iterator[tuple[str, Exchange]]:
+    for name in FLAT:
+        yield name, build_exchange(name, group, Topology((0,) * world))
+    yield "blocks", InBlocks(group, Topology((0,) * world))
+    for nodes in NODES[world]:
+        for outer in (*FLAT.values(), InBlocks):
+            yield f"two-level over {outer.name}, {nodes}", TwoLevel(group, Topology(nodes), outer)
+
+
+def table(world: int) -> SequenceLayout:
+    """One rank has most runs, one has none, and they are out of order."""
+    if world < 3:
+        return LAYOUTS["table"](TOKENS, world, None)
+    ranges: list[list[tuple[int, int]]] = [[] for _ in range(world)]
+    for i, start in enumerate(range(0, TOKENS, 4)):
+        ranges[0 if i % 3 == 0 else 2 + i * 5 % (world - 2)].append((start, min(start + 4, TOKENS)))
+    return SequenceLayout.from_ranges(ranges, TOKENS)
+
+
+def layouts(world: int) -> Iterator[tuple[str, SequenceLayout]]:
+    for name in ("contiguous", "zigzag"):
+        yield name, LAYOUTS[name](TOKENS, world, None)
+    yield "zigzag per document", SequenceLayout.zigzag_per_document(TOKENS, world, DOCUMENTS["packed"])
+    yield "table", table(world)
+
+
+def maps(family: str, count: int) -> Summary:
+    x = Inputs(3, torch.float64)
+    shape = {"identity": (1, count, 1), "scalar": (B, count, H), "diagonal": (B, count, H, K)}.get(family)
+    A = x.normal(B, count, H, K, K) * 0.5 if shape is None else x.uniform(*shape)
+    if family == "identity":
+        A = torch.ones_like(A)
+    elif count > 2:
+        # A document starts in it.
+        A[:, 2] = 0
+    return Summary(A, x.normal(B, count, H, K, V))
+
+
+def check(world: int, group: dist.ProcessGroup | None, rank: int) -> None:
+    """All exchanges, in both directions, on this rank."""
+    built = list(exchanges(group, world))
+    for layout_name, layout in layouts(world):
+        for route in (Route.forward(layout, rank), Route.backward(layout, rank)):
+            if len(route.order) < 2:
+                continue
+            for family in FAMILIES:
+                whole = maps(family, len(route.order))
+                want: dict[tuple[int, int], Tensor] = {}
+                state = torch.zeros(B, 1, H, K, V, dtype=torch.float64)
+                for position, key in enumerate(route.order):
+                    want[key] = state
+                    state = whole.select(torch.tensor([position])).apply(state)
+                mine = torch.tensor([route.order.index((rank, i)) for i in range(route.runs_per_rank[rank])]).long()
+                for name, exchange in built:
+                    with poisoned_memory():
+                        given = exchange.start(whole.select(mine), route).wait()
+                    for i in range(len(mine)):
+                        error = relative_error(given[:, i : i + 1], want[rank, i])
+                        assert error < 1e-12, f"{name}, {family}, {layout_name}, run {i}: {error}"
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_exchange_moves_the_same_states(groups: Groups, ranks: int) -> None:
+    check(ranks, groups[ranks], dist.get_rank(groups[ranks]))
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("name", [name for name in EXCHANGES if name != "all-gather"])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_layers_are_the_same_over_any_exchange(groups: Groups, name: str, documents: str) -> None:
+    for world in (2, 4):
+        for layout in LAYOUTS.values():
+            sp = SequenceParallel(
+                groups[world], layout(TOKENS, world, DOCUMENTS[documents]), exchange=name, nodes=NODES[world][1]
+            )
+            for op in ("linear_attn", "simple_gla", "gla"):
+                assert_close(*run(op, sp, documents, torch.float64, initial=True, causal=True), 1e-10)
+
+
+# -- what travels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What this rank puts on its way to others: a step each, in bytes."""
+    from lasp.parallel.exchange import relay, scan, two_level
+
+    steps: list[tuple[str, int]] = []
+    for module in (relay, scan):
+        transfer = module.transfer
+
+        def spy(out, into, group, transfer=transfer):
+            steps.append(("step", sum(x.nbytes for _, x in out)))
+            transfer(out, into, group)
+
+        monkeypatch.setattr(module, "transfer", spy)
+    all_to_all = two_level._all_to_all
+
+    def spy_all(x, sizes, received, group):
+        me = dist.get_rank(group)
+        steps.append(("inside", (sum(sizes) - sizes[me]) * x.element_size()))
+        return all_to_all(x, sizes, received, group)
+
+    monkeypatch.setattr(two_level, "_all_to_all", spy_all)
+    return steps
+
+
+def traffic(group: dist.ProcessGroup, sent: list[tuple[str, int]], exchange: Exchange) -> list[tuple[str, int]]:
+    """One exchange of one run a rank: 8 heads of 16 × 16 in float32, a decay each."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    route = Route.forward(SequenceLayout.contiguous(64, world), rank)
+    sent.clear()
+    exchange.start(Summary(torch.ones(1, 1, 8), torch.ones(1, 1, 8, 16, 16)), route).wait()
+    return list(sent)
+
+
+@pytest.mark.mpi(min_size=4)
+def test_bytes_are_those_of_the_design(groups: Groups, sent: list[tuple[str, int]]) -> None:
+    group, state, decays = groups[4], 4 * 8 * 16 * 16, 4 * 8
+    rank, alone = dist.get_rank(group), Topology((0,) * 4)
+    # The state goes on once, from all but the last.
+    assert traffic(group, sent, Ring(group, alone)) == [("step", state if step == rank else 0) for step in range(3)]
+    # In four blocks, W − 2 + K steps.
+    blocks = type("InFour", (Pipelined,), {"blocks": lambda *_: 4})(group, alone)
+    assert traffic(group, sent, blocks) == [
+        ("step", state // 4 if rank < 3 and 0 <= s - rank < 4 else 0) for s in range(6)
+    ]
+    # By doubling, log2 W steps of a summary.
+    summary = state + decays
+    assert traffic(group, sent, FLAT["scan"](group, alone)) == [
+        ("step", summary if rank + reach < 4 else 0) for reach in (1, 2)
+    ]
+    # Two nodes of two: half a summary to the other, a half between the nodes, half a state back.
+    two = TwoLevel(group, Topology((0, 0, 1, 1)), FLAT["scan"])
+    assert traffic(group, sent, two) == [
+        ("inside", summary // 2),
+        ("step", summary // 2 if rank < 2 else 0),
+        ("inside", state // 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size", "blocks"), [(2, 2**20, 1), (8, 2**20, 3), (256, 2**20, 22), (256, 2**30, 128)]
+)
+def test_the_blocks_of_a_pipeline(ranks: int, size: int, blocks: int) -> None:
+    """As many as take least by the usual model of a link, and no more than there are columns."""
+    route = Route.forward(SequenceLayout.contiguous(ranks, ranks), 0)
+    assert Pipelined(None, Topology((0,) * ranks)).blocks(route, size, 128) == blocks
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("kind", [Ring, FLAT["scan"], TwoLevel])
+def test_an_exchange_is_under_way_while_dq_is_computed(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch, kind: type[Exchange]
+) -> None:
+    """No exchange goes on before the computation that it hides behind has begun, and none is finished before that ends."""
+    begun = threading.Event()
+    states, query_gradient = kind.states, ChunkedDecay.query_gradient
+
+    def late(self, *args):
+        assert begun.wait(60), "what should hide the exchange waits for it"
+        return states(self, *args)
+
+    def early(self, *args):
+        begun.set()
+        return query_gradient(self, *args)
+
+    sp = SequenceParallel(groups[4], SequenceLayout.zigzag(64, 4), exchange=kind.name, nodes=(0, 0, 1, 1))
+    q, k, v = (torch.ones(1, 16, 2, 4, requires_grad=True) for _ in range(3))
+    o = linear_attn(q, k, v, sp=sp)[0]
+    monkeypatch.setattr(kind, "states", late)
+    monkeypatch.setattr(ChunkedDecay, "query_gradient", early)
+    o.sum().backward()
+
+
+@pytest.mark.mpi(min_size=4)
+def test_uneven_nodes(groups: Groups) -> None:
+    layout = SequenceLayout.contiguous(64, 4)
+    with pytest.raises(ValueError, match=r"as many ranks on every node, given \[3, 1\]: choose exchange='scan'"):
+        SequenceParallel(groups[4], layout, exchange="two-level", nodes=(0, 0, 0, 1))
+    with pytest.raises(ValueError, match="names the nodes of 2 ranks, the group has 4"):
+        SequenceParallel(groups[4], layout, exchange="two-level", nodes=(0, 1))
+
+
+# -- other numbers of ranks -------------------------------------------------------------------------------------------
+
+
+def _port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(rank: int, world: int, port: int, job: Callable[[int, int], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    job(world, rank)
+    dist.destroy_process_group()
+
+
+def _check(world: int, rank: int) -> None:
+    check(world, dist.group.WORLD, rank)
+
+
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_other_numbers_of_ranks(ranks: int) -> None:
+    mp.spawn(_rank, (ranks, _port(), _check), nprocs=ranks)
+
+
+def _killed(world: int, rank: int) -> None:
+    """Rank 1 dies between a layer's forward and its backward; the others say so, and soon."""
+    for name in EXCHANGES:
+        if name == "all-gather":
+            continue
+        sp = SequenceParallel(dist.group.WORLD, SequenceLayout.contiguous(8 * world, world), exchange=name)
+        q, k, v, g = (torch.ones(1, 8, 1, 4) for _ in range(4))
+        gla(q, k, v, -g, sp=sp)
+    group = dist.new_group(timeout=timedelta(seconds=10))
+    sp = SequenceParallel(group, SequenceLayout.contiguous(8 * world, world), exchange="ring")
+    o = gla(q.requires_grad_(), k, v, -g, sp=sp)[0]
+    if rank == 1:
+        os._exit(0)
+
+    def go_on(o: Tensor) -> None:
+        # The last rank waits for nobody in the backward: it finds out in the next forward.
+        for _ in range(2):
+            o.sum().backward()
+            o = gla(q, k, v, -g, sp=sp)[0]
+
+    with pytest.raises(RuntimeError, match=r"states broke off: a rank has ended|rank 0 of the job, .* has ended"):
+        go_on(o)
+    os._exit(0)
+
+
+def test_a_killed_rank_ends_the_others() -> None:
+    mp.spawn(_rank, (4, _port(), _killed), nprocs=4)
