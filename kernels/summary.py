@@ -56,6 +56,11 @@ class Summary:
         """How many runs it summarises."""
         return self.B.shape[1]
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers a run has: the length of its row in `pack`."""
+        return _row_size(self.A) + _row_size(self.B)
+
     def compose(self, then: Summary) -> Summary:
         """The summary of each run here followed by the same run of `then`: ``(A₂A₁, A₂B₁ + B₂)``. Associative."""
         A = then.A @ self.A if self.A.dim() == 5 else then.A * self.A
@@ -97,7 +102,7 @@ class Summary:
 
     def empty(self, count: int) -> Summary:
         """Unwritten summaries of `count` runs, of the same shapes, that are packed already."""
-        return self.unpack(self.B.new_empty(count, _row_size(self.A) + _row_size(self.B)))
+        return self.unpack(self.B.new_empty(count, self.numbers))
 
 
 def _row_size(x: Tensor) -> int:

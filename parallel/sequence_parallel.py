@@ -26,7 +26,7 @@ class Method:
 
 #: The methods by name, as ``--sp`` takes them.
 METHODS = {
-    "lasp2": Method(exchange="all-gather", softmax="all-gather"),
+    "lasp2": Method(exchange="auto", softmax="all-gather"),
     "lasp1": Method(exchange="ring", softmax="ring"),
     "zeco": Method(exchange="pipelined", softmax="all-gather"),
 }
@@ -49,7 +49,8 @@ class SequenceParallel:
         method: ``"lasp2"``: one all-gather of the states for linear layers, all-gather attention for softmax layers
             (LASP-2H), https://arxiv.org/abs/2502.07563. ``"lasp1"``: both go round a ring, https://arxiv.org/abs/2404.02882
             and https://arxiv.org/abs/2310.01889. ``"zeco"``: states in a pipeline of blocks, https://arxiv.org/abs/2507.01004.
-        exchange: how the linear layers' states travel: ``"auto"`` (the method's own), or one of `EXCHANGES`.
+        exchange: how the linear layers' states travel: ``"auto"`` (the method's own; of lasp2 what the cost model holds for the
+            fastest, on one node the all-gather), or one of `EXCHANGES`.
         softmax: how the softmax layers' keys and values travel: ``"auto"`` (the method's own), ``"all-gather"`` or
             ``"ring"``.
         nodes: the node of each rank, by which the exchange ``"two-level"`` goes; by the ranks' host names when None.

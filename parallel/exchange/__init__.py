@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from lasp.parallel.exchange.all_gather import AllGather
+from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.base import Exchange, Route
 from lasp.parallel.exchange.lane import Running
 from lasp.parallel.exchange.relay import Pipelined, Ring
@@ -19,13 +20,32 @@ EXCHANGES = (*FLAT, TwoLevel.name)
 
 
 def build_exchange(name: str, group: dist.ProcessGroup | None, topology: Topology) -> Exchange:
-    """The exchange of that name.
+    """The exchange of that name; of ``"auto"``, for each size of a state, that which the cost model holds for the fastest.
 
     Raises:
         ValueError: where it does not work on such nodes.
     """
-    return TwoLevel(group, topology, Scan) if name == TwoLevel.name else FLAT[name](group, topology)
+    if name == Auto.name:
+        usable = [*FLAT, *([TwoLevel.name] if topology.even and topology.count > 1 else [])]
+        return Auto(group, topology, [build_exchange(kind, group, topology) for kind in usable])
+    return TwoLevel(group, topology, _between_nodes) if name == TwoLevel.name else FLAT[name](group, topology)
 
 
-__all__ = ["EXCHANGES", "FLAT", "AllGather", "Exchange", "Pipelined", "Ring", "Route", "Running", "Scan", "TwoLevel"]
+def _between_nodes(topology: Topology, sharers: int) -> Exchange:
+    return Auto(None, topology, [kind(None, topology, sharers) for kind in FLAT.values()], sharers)
+
+
+__all__ = [
+    "EXCHANGES",
+    "FLAT",
+    "AllGather",
+    "Auto",
+    "Exchange",
+    "Pipelined",
+    "Ring",
+    "Route",
+    "Running",
+    "Scan",
+    "TwoLevel",
+]
 __all__ += ["build_exchange"]

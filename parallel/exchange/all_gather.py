@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from lasp.kernels import Summary
 from lasp.parallel.collectives import all_gather_rows
-from lasp.parallel.exchange.base import Exchange, Route
+from lasp.parallel.exchange.base import Exchange, Route, Size
+from lasp.parallel.exchange.cost import Step
 from lasp.parallel.exchange.lane import Running
 
 
@@ -25,6 +27,15 @@ class AllGather(Exchange):
 
     def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
         return self._gather(runs, route, group).wait()
+
+    def steps(self, route: Route, size: Size) -> Iterable[Step]:
+        # Libraries send round a ring, or as much in fewer steps.
+        W = route.world_size
+        near = size.summary * route.slots * (W - 1) // max(1, (W - 1).bit_length())
+        return [[(rank, (rank + 1) % W, near) for rank in range(W)]] * (W - 1).bit_length()
+
+    def work(self, route: Route, size: Size) -> int:
+        return 1
 
     def _gather(self, runs: Summary, route: Route, group: dist.ProcessGroup | None) -> _Gathered:
         rows = runs.pack()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Chain, Course, Summary
+from lasp.parallel.exchange.cost import Step, links
 from lasp.parallel.exchange.lane import Lane, Running
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.topology import Topology
@@ -74,19 +76,41 @@ class Route:
         return Course([Chain(tuple(row[key] for key in self.order))] if self.order else [], 0, mine)
 
 
+@dataclass(frozen=True)
+class Size:
+    """What one run's summary has: bytes of its state and of its transition, heads, and columns of a state."""
+
+    state: int
+    transition: int
+    heads: int
+    columns: int
+
+    @classmethod
+    def of(cls, runs: Summary) -> Size:
+        (batch, _, H, K, V), A = runs.B.shape, runs.A
+        width = runs.B.element_size()
+        return cls(batch * H * K * V * width, A.shape[0] * math.prod(A.shape[2:]) * width, H, V)
+
+    @property
+    def summary(self) -> int:
+        """Bytes of both."""
+        return self.state + self.transition
+
+
 class Exchange(ABC):
     """Moves the summaries of runs between ranks. It knows neither recurrences nor layouts.
 
     Args:
         group: the sequence-parallel ranks; None for a single one.
         topology: their nodes.
+        sharers: how many ranks of each node, this one among them, do the like at once with others of their own.
     """
 
     #: As options call it.
     name: str
 
-    def __init__(self, group: dist.ProcessGroup | None, topology: Topology):
-        self.group, self.topology = group, topology
+    def __init__(self, group: dist.ProcessGroup | None, topology: Topology, sharers: int = 1):
+        self.group, self.topology, self.sharers = group, topology, sharers
 
     def start(self, runs: Summary, route: Route) -> Running:
         """Start sending this rank's R runs (R may be 0) and return at once.
@@ -102,6 +126,19 @@ class Exchange(ABC):
     @abstractmethod
     def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
         """The same in one go, between the ranks of a group that are numbered as in the route."""
+
+    @abstractmethod
+    def steps(self, route: Route, size: Size) -> Iterable[Step]:
+        """What travels in each step, between which ranks."""
+
+    @abstractmethod
+    def work(self, route: Route, size: Size) -> int:
+        """How often a rank composes what it has received, one after the other."""
+
+    def seconds(self, route: Route, size: Size) -> float:
+        """How long it takes by the model of `lasp.parallel.exchange.cost`."""
+        travel = links().seconds(self.steps(route, size), self.topology, self.sharers)
+        return travel + links().kernel * self.work(route, size)
 
 
 @dataclass

@@ -7,18 +7,17 @@ bytes each.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Summary, act
-from lasp.parallel.exchange.base import Exchange, Route
+from lasp.parallel.exchange.base import Exchange, Route, Size
+from lasp.parallel.exchange.cost import Link, Step, best_blocks, links
 from lasp.parallel.exchange.lane import transfer
-
-#: What a step costs beside its bytes, and how many bytes a second travel, where nothing was measured.
-LATENCY, BANDWIDTH = 12e-6, 45e9
 
 
 class Ring(Exchange):
@@ -26,22 +25,34 @@ class Ring(Exchange):
 
     name = "ring"
 
-    def blocks(self, route: Route, size: int, columns: int) -> int:
-        """Into how many blocks a state of `size` bytes and so many columns is cut."""
+    def blocks(self, route: Route, size: Size) -> int:
+        """Into how many blocks of its columns a state is cut."""
         return 1
+
+    def steps(self, route: Route, size: Size) -> Iterable[Step]:
+        count = self.blocks(route, size)
+        hops = [(here, there) for (here, _), (there, _) in pairwise(route.order)]
+        for step in range(len(hops) - 1 + count):
+            yield [
+                (*hops[i], size.state // count)
+                for i in range(max(0, step - count + 1), min(step, len(hops) - 1) + 1)
+                if hops[i][0] != hops[i][1]
+            ]
+
+    def work(self, route: Route, size: Size) -> int:
+        return len(route.order) - 2 + self.blocks(route, size)
 
     def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
         A, B = runs.A, runs.B
         batch, _, H, K, V = B.shape
-        state_bytes = batch * H * K * V * B.element_size()
-        widths = [len(part) for part in torch.arange(V).tensor_split(self.blocks(route, state_bytes, V))]
+        widths = [len(part) for part in torch.arange(V).tensor_split(self.blocks(route, Size.of(runs)))]
         entering = torch.zeros_like(B)
         parts = entering.split(widths, -1)
         leaving = B.split(widths, -1)
         # Where a state goes from or to this rank: the position that it leaves, and the two runs as (rank, index).
         hops = [
             (i, here, there)
-            for i, (here, there) in enumerate(zip(route.order, route.order[1:], strict=False))
+            for i, (here, there) in enumerate(pairwise(route.order))
             if route.rank in (here[0], there[0])
         ]
         for step in range(len(route.order) - 2 + len(widths)):
@@ -70,7 +81,10 @@ class Pipelined(Ring):
 
     name = "pipelined"
 
-    def blocks(self, route: Route, size: int, columns: int) -> int:
-        # (P − 2 + K) (latency + size / (K bandwidth)) is least at this K.
-        best = math.sqrt(max(len(route.order) - 2, 0) * size / (BANDWIDTH * LATENCY))
-        return min(max(1, round(best)), columns)
+    def blocks(self, route: Route, size: Size) -> int:
+        ways = links()
+        link = ways.inside
+        if self.topology.count > 1:
+            share = min(1.0, ways.cards / self.sharers) if ways.cards else 1.0
+            link = Link(ways.between.latency, ways.between.bandwidth * share)
+        return best_blocks(link, len(route.order) - 1, size.state, size.columns)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Summary
-from lasp.parallel.exchange.base import Exchange, Route
+from lasp.parallel.exchange.base import Exchange, Route, Size
+from lasp.parallel.exchange.cost import Step
 from lasp.parallel.exchange.lane import transfer
 
 
@@ -15,6 +18,17 @@ class Scan(Exchange):
     """After step s every run knows what the 2^s runs before it, and itself, do to the state."""
 
     name = "scan"
+
+    def steps(self, route: Route, size: Size) -> Iterable[Step]:
+        owners = [rank for rank, _ in route.order]
+        reach = 1
+        while reach < len(owners):
+            pairs = zip(owners, owners[reach:], strict=False)
+            yield [(source, target, size.summary) for source, target in pairs if source != target]
+            reach *= 2
+
+    def work(self, route: Route, size: Size) -> int:
+        return (len(route.order) - 1).bit_length()
 
     def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
         mine = {position: run for position, (rank, run) in enumerate(route.order) if rank == route.rank}

@@ -8,6 +8,7 @@ bytes of the exchange between N nodes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,40 +17,86 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Chain, Course, Summary
-from lasp.parallel.exchange.base import Exchange, Route
+from lasp.parallel.exchange.base import Exchange, Route, Size
+from lasp.parallel.exchange.cost import Step
 from lasp.parallel.exchange.lane import Lane, named_failure
 from lasp.parallel.topology import Topology
 
 
 class TwoLevel(Exchange):
-    """Inside the nodes, then between them by the exchange `outer`."""
+    """Inside the nodes, then between them.
+
+    Args:
+        group: the sequence-parallel ranks; None for a single one.
+        topology: their nodes, of as many ranks each.
+        outer: makes the exchange between nodes, for the topology of a rank's like on them and how many ranks of a node do so.
+
+    Raises:
+        ValueError: where nodes differ in their number of ranks.
+    """
 
     name = "two-level"
 
-    def __init__(self, group: dist.ProcessGroup | None, topology: Topology, outer: type[Exchange]):
+    def __init__(self, group: dist.ProcessGroup | None, topology: Topology, outer: Callable[[Topology, int], Exchange]):
         super().__init__(group, topology)
         if not topology.even:
             counts = [topology.nodes.count(node) for node in range(topology.count)]
             raise ValueError(
                 f"exchange='two-level' needs as many ranks on every node, given {counts}: choose exchange='scan' instead"
             )
-        self.outer = outer(group, topology)
+        self.outer = outer(Topology(tuple(range(topology.count))), len(topology.node_of(0)))
         if group is not None:
             lane, rank = Lane.of(group), dist.get_rank(group)
             ranks = dist.get_process_group_ranks(group)
             self._node = lane.among([ranks[r] for r in topology.node_of(rank)])
             self._peers = lane.among([ranks[r] for r in topology.peers_of(rank)])
 
-    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+    def steps(self, route: Route, size: Size) -> Iterable[Step]:
+        node, part = self._node_of(route), self._part_of(size)
+        G = len(node.members)
+        nodes = [self.topology.nodes[rank] for rank in self.topology.peers_of(route.rank)]
+        ranks = [self.topology.node_of(self.topology.nodes.index(name)) for name in nodes]
+
+        def inside(bytes_of: Callable[[int, int], int]) -> Step:
+            return [(a, b, bytes_of(a, b) // G) for members in ranks for a in members for b in members if a != b]
+
+        if G > 1:
+            yield inside(lambda sender, _: size.summary * route.runs_per_rank[sender])
+        if len(node.route.order) > 1:
+            for step in self.outer.steps(node.route, part):
+                yield [(ranks[a][i], ranks[b][i], some) for a, b, some in step for i in range(G)]
+        if G > 1:
+            yield inside(lambda _, receiver: size.state * route.runs_per_rank[receiver])
+
+    def work(self, route: Route, size: Size) -> int:
+        node = self._node_of(route)
+        return 2 + (self.outer.work(node.route, self._part_of(size)) if len(node.route.order) > 1 else 0)
+
+    def _node_of(self, route: Route) -> _Node:
         node: _Node = route.cached(("node", self.topology.nodes), lambda: _Node.of(route, self.topology))
+        return node
+
+    def _part_of(self, size: Size) -> Size:
+        """What a rank has of each summary of its node."""
+        G = len(self.topology.node_of(0))
+        by_heads = size.heads >= G
+        return Size(
+            -(-size.state // G),
+            -(-size.transition // G) if by_heads else size.transition,
+            -(-size.heads // G) if by_heads else size.heads,
+            size.columns if by_heads else -(-size.columns // G),
+        )
+
+    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+        node = self._node_of(route)
         parts = _parts(runs, len(node.members))
         mine = parts[node.place]
         # The node's runs, as far as this rank's heads go: those of each member in turn.
         rows = torch.cat([part.of(runs).pack().flatten() for part in parts])
         counts = [route.runs_per_rank[rank] for rank in node.members]
         pattern = mine.of(runs)
-        size = pattern.empty(1).pack().numel()
-        sizes = [part.of(runs).empty(1).pack().numel() * runs.count for part in parts]
+        size = pattern.numbers
+        sizes = [part.of(runs).numbers * runs.count for part in parts]
         rows = _all_to_all(rows, sizes, [count * size for count in counts], self._node).view(-1, size)
         here = pattern.unpack(rows)
         entering = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -17,7 +18,20 @@ from torch import Tensor
 from lasp import SequenceLayout, SequenceParallel
 from lasp.kernels import ChunkedDecay, Summary
 from lasp.ops import gla, linear_attn
-from lasp.parallel.exchange import EXCHANGES, FLAT, Exchange, Pipelined, Ring, Route, TwoLevel, build_exchange
+from lasp.parallel.exchange import (
+    EXCHANGES,
+    FLAT,
+    Auto,
+    Exchange,
+    Pipelined,
+    Ring,
+    Route,
+    Scan,
+    TwoLevel,
+    build_exchange,
+)
+from lasp.parallel.exchange.base import Size
+from lasp.parallel.exchange.cost import Link, Links, links
 from lasp.parallel.topology import Topology
 from tests.kernels.test_summary import FAMILIES
 from tests.parallel.test_linear import run
@@ -36,19 +50,24 @@ NODES = {
 
 
 class InBlocks(Pipelined):
-    """As many blocks as there are columns, and a last one that is wider than the others where two remain."""
+    """As many blocks as there are columns, but for the first, which has two."""
 
-    def blocks(self, route: Route, size: int, columns: int) -> int:
-        return max(1, columns - 1)
+    def blocks(self, route: Route, size: Size) -> int:
+        return max(1, size.columns - 1)
+
+
+def two_level(group: dist.ProcessGroup | None, nodes: tuple[int, ...], outer: type[Exchange]) -> TwoLevel:
+    return TwoLevel(group, Topology(nodes), lambda topology, sharers: outer(None, topology, sharers))
 
 
 def exchanges(group: dist.ProcessGroup | None, world: int) -> Iterator[tuple[str, Exchange]]:
-    for name in FLAT:
+    for name in ("auto", *FLAT):
         yield name, build_exchange(name, group, Topology((0,) * world))
     yield "blocks", InBlocks(group, Topology((0,) * world))
     for nodes in NODES[world]:
+        yield f"auto, {nodes}", build_exchange("auto", group, Topology(nodes))
         for outer in (*FLAT.values(), InBlocks):
-            yield f"two-level over {outer.name}, {nodes}", TwoLevel(group, Topology(nodes), outer)
+            yield f"two-level over {outer.name}, {nodes}", two_level(group, nodes, outer)
 
 
 def table(world: int) -> SequenceLayout:
@@ -176,7 +195,7 @@ def test_bytes_are_those_of_the_design(groups: Groups, sent: list[tuple[str, int
         ("step", summary if rank + reach < 4 else 0) for reach in (1, 2)
     ]
     # Two nodes of two: half a summary to the other, a half between the nodes, half a state back.
-    two = TwoLevel(group, Topology((0, 0, 1, 1)), FLAT["scan"])
+    two = two_level(group, (0, 0, 1, 1), Scan)
     assert traffic(group, sent, two) == [
         ("inside", summary // 2),
         ("step", summary // 2 if rank < 2 else 0),
@@ -184,13 +203,76 @@ def test_bytes_are_those_of_the_design(groups: Groups, sent: list[tuple[str, int
     ]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "size", "blocks"), [(2, 2**20, 1), (8, 2**20, 3), (256, 2**20, 22), (256, 2**30, 128)]
-)
-def test_the_blocks_of_a_pipeline(ranks: int, size: int, blocks: int) -> None:
-    """As many as take least by the usual model of a link, and no more than there are columns."""
-    route = Route.forward(SequenceLayout.contiguous(ranks, ranks), 0)
-    assert Pipelined(None, Topology((0,) * ranks)).blocks(route, size, 128) == blocks
+@pytest.mark.parametrize(("ranks", "state"), [(2, 2**20), (8, 2**20), (64, 2**20), (64, 2**30)])
+@pytest.mark.parametrize("sharers", [1, 4])
+def test_the_blocks_of_a_pipeline(ranks: int, state: int, sharers: int) -> None:
+    """As many as take least by the model, and no more than there are columns."""
+    route, size = Route.forward(SequenceLayout.contiguous(ranks, ranks), 0), Size(state, 0, 16, 128)
+
+    class Fixed(Pipelined):
+        count = 1
+
+        def blocks(self, route: Route, size: Size) -> int:
+            return self.count
+
+    nodes = Topology(tuple(range(ranks)))
+    chosen, fixed = Pipelined(None, nodes, sharers), Fixed(None, nodes, sharers)
+    travel = {}
+    for fixed.count in (*range(1, 16), *range(16, 129, 8), chosen.blocks(route, size)):
+        travel[fixed.count] = fixed.seconds(route, size) - links().kernel * fixed.work(route, size)
+    assert travel[chosen.blocks(route, size)] <= 1.01 * min(travel.values())
+
+
+def test_what_the_model_prefers() -> None:
+    """On one node the collective; between many nodes parts of a state, by a scan; over slow links in blocks."""
+    size = Size(2**20, 64, 16, 128)
+
+    def best(nodes: tuple[int, ...], ways: Links) -> str:
+        links.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lasp.parallel.exchange.base.links", lambda: ways)
+            patch.setattr("lasp.parallel.exchange.relay.links", lambda: ways)
+            chosen: Exchange = build_exchange("auto", None, Topology(nodes))
+            route = Route.forward(SequenceLayout.contiguous(len(nodes), len(nodes)), 0)
+            names = []
+            while isinstance(chosen, Auto):
+                chosen = chosen.choose(route, size)
+                names.append(chosen.name)
+                if isinstance(chosen, TwoLevel):
+                    route, size_ = chosen._node_of(route).route, chosen._part_of(size)
+                    assert isinstance(chosen.outer, Auto)
+                    names.append(chosen.outer.choose(route, size_).name)
+                    break
+            return " over ".join(names)
+
+    by_eight = tuple(rank // 8 for rank in range(1024))
+    assert best((0,) * 4, Links()) == "all-gather"
+    assert best(by_eight, Links()) == "two-level over scan"
+    slow = Links(between=Link(50e-6, 1e8), cards=1)
+    assert best((0, 0, 1, 1, 2, 2, 3, 3), slow) == "two-level over pipelined"
+
+
+def test_steps_are_what_travels() -> None:
+    """The model's steps have the bytes of the design's table."""
+    size, W = Size(2**20, 2**10, 16, 128), 64
+    nodes = tuple(rank // 8 for rank in range(W))
+    for backward in (False, True):
+        layout = SequenceLayout.contiguous(W, W)
+        route = Route.backward(layout, 5) if backward else Route.forward(layout, 5)
+
+        def volume(exchange: Exchange, route: Route = route) -> int:
+            sent: Counter[int] = Counter()
+            for step in exchange.steps(route, size):
+                for source, _, some in step:
+                    sent[source] += some
+            return max(sent.values())
+
+        whole = size.summary
+        assert volume(FLAT["all-gather"](None, Topology(nodes))) == pytest.approx((W - 1) * whole, rel=0.01)
+        assert volume(FLAT["ring"](None, Topology(nodes))) == size.state
+        assert volume(InBlocks(None, Topology(nodes))) == pytest.approx(size.state, rel=0.02)
+        assert volume(FLAT["scan"](None, Topology(nodes))) == 6 * whole
+        assert volume(two_level(None, nodes, Scan)) == pytest.approx((2 * 7 + 3) * whole / 8, rel=0.01)
 
 
 @pytest.mark.mpi(min_size=4)

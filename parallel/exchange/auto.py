@@ -1,0 +1,59 @@
+"""The exchange that takes least by the cost model, for the ranks, the nodes and the size of a state at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.kernels import Summary
+from lasp.parallel.exchange.base import Exchange, Route, Size
+from lasp.parallel.exchange.cost import Step
+from lasp.parallel.exchange.lane import Running
+from lasp.parallel.topology import Topology
+
+
+class Auto(Exchange):
+    """One of several, chosen alike on every rank: the choice depends on nothing that ranks do not share.
+
+    Args:
+        group: the sequence-parallel ranks; None for a single one.
+        topology: their nodes.
+        candidates: what there is to choose from, between the same ranks.
+        sharers: as of `Exchange`.
+    """
+
+    name = "auto"
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, topology: Topology, candidates: Sequence[Exchange], sharers: int = 1
+    ):
+        super().__init__(group, topology, sharers)
+        self.candidates = tuple(candidates)
+        # The routes are kept, so that their numbers stay theirs.
+        self._chosen: dict[tuple[int, Size], tuple[Route, Exchange]] = {}
+
+    def estimates(self, route: Route, size: Size) -> dict[str, float]:
+        """The seconds of each candidate."""
+        return {exchange.name: exchange.seconds(route, size) for exchange in self.candidates}
+
+    def choose(self, route: Route, size: Size) -> Exchange:
+        """The one that takes least."""
+        key = (id(route), size)
+        if key not in self._chosen:
+            best = min(self.candidates, key=lambda exchange: exchange.seconds(route, size))
+            self._chosen[key] = (route, best)
+        return self._chosen[key][1]
+
+    def start(self, runs: Summary, route: Route) -> Running:
+        return self.choose(route, Size.of(runs)).start(runs, route)
+
+    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+        return self.choose(route, Size.of(runs)).states(runs, route, group)
+
+    def steps(self, route: Route, size: Size) -> Iterable[Step]:
+        return self.choose(route, size).steps(route, size)
+
+    def work(self, route: Route, size: Size) -> int:
+        return self.choose(route, size).work(route, size)

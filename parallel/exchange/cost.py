@@ -1,0 +1,116 @@
+"""What an exchange takes, by the usual model of a link: each step costs a latency and its bytes over the bandwidth.
+
+`lasp.launch.calibrate` measures the two for the machine at hand; the environment variable ``LASP_LINKS`` names its JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from lasp.parallel.topology import Topology
+
+#: From one rank to another, in bytes.
+Transfer = tuple[int, int, int]
+#: What goes on at once.
+Step = Sequence[Transfer]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way between two ranks: seconds a step, and bytes a second each way."""
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Links:
+    """The ways of a cluster.
+
+    Attributes:
+        inside: between two ranks of a node.
+        between: between ranks of two nodes, through one network card.
+        cards: network cards a node; 0 for one a rank.
+        kernel: seconds that it takes to compose what was received.
+    """
+
+    inside: Link = Link(8e-6, 150e9)
+    between: Link = Link(12e-6, 45e9)
+    cards: int = 0
+    kernel: float = 20e-6
+
+    @classmethod
+    def read(cls, path: Path) -> Links:
+        """What `write` wrote.
+
+        Raises:
+            ValueError: where the file is not such a one.
+        """
+        try:
+            found = json.loads(path.read_text())
+            found = found.get("figures", found)
+            return cls(Link(**found["inside"]), Link(**found["between"]), found["cards"], found["kernel"])
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} does not say what links take ({error!r}): make it by lasp.launch.calibrate"
+            ) from error
+
+    def as_dict(self) -> dict[str, object]:
+        """For a JSON file that `read` takes."""
+        return asdict(self)
+
+    def seconds(self, steps: Iterable[Step], topology: Topology, sharers: int = 1) -> float:
+        """How long steps take that follow one another.
+
+        Args:
+            steps: what travels in each.
+            topology: the ranks' nodes.
+            sharers: so many ranks of each node do the like at once, and share its cards.
+        """
+        return sum(self._step(step, topology, sharers) for step in steps)
+
+    def _step(self, step: Step, topology: Topology, sharers: int) -> float:
+        inside: Counter[tuple[str, int]] = Counter()
+        between: Counter[tuple[str, int]] = Counter()
+        outside: Counter[tuple[str, int]] = Counter()
+        for source, target, size in step:
+            here, there = topology.nodes[source], topology.nodes[target]
+            if here == there:
+                inside["out", source] += size
+                inside["in", target] += size
+            else:
+                between["out", source] += size
+                between["in", target] += size
+                outside["out", here] += size
+                outside["in", there] += size
+        took = 0.0
+        if inside:
+            took = self.inside.latency + max(inside.values()) / self.inside.bandwidth
+        if between:
+            cards = self.cards or max(topology.nodes.count(node) for node in set(topology.nodes)) * sharers
+            # A rank has a card to itself, as far as there are as many; a node has all of its own.
+            longest = max(max(between.values()), max(outside.values()) * sharers / cards)
+            took = max(took, self.between.latency + longest / self.between.bandwidth)
+        return took
+
+
+@cache
+def links() -> Links:
+    """Those of the machine at hand, if they were measured."""
+    path = os.environ.get("LASP_LINKS")
+    return Links.read(Path(path)) if path else Links()
+
+
+def best_blocks(link: Link, hops: int, size: float, most: int) -> int:
+    """Into how many blocks to cut what goes over so many hops: ``(hops − 1 + K) (latency + size / (K bandwidth))`` is least."""
+    if hops < 2:
+        return 1
+    best = math.sqrt((hops - 1) * size / (link.bandwidth * link.latency))
+    return min(max(1, round(best)), most)
