@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import triton
-from lasp.kernels.summary import Summary, act
+from lasp.kernels.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ class Course:
         A, B = maps.A, maps.B
         if len(first):
             if starts is not None:
-                B = B.index_add(1, first, act(A.index_select(1, first), starts.to(B.dtype)))
+                begun = Summary(A, B).select(first).apply(starts.to(B.dtype))
+                B = B.index_copy(1, first, begun)
             A = A.index_fill(1, first, 0)
         for reach in at.reaches:
             step = B.shape[1] - len(reach)

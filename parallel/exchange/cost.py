@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 from lasp.parallel.topology import Topology
@@ -101,11 +100,20 @@ class Links:
         return took
 
 
-@cache
+_in_use: list[Links] = []
+
+
 def links() -> Links:
-    """Those of the machine at hand, if they were measured."""
-    path = os.environ.get("LASP_LINKS")
-    return Links.read(Path(path)) if path else Links()
+    """Those of the machine at hand, if they were measured: what `use_links` was given, or what ``LASP_LINKS`` names."""
+    if not _in_use:
+        path = os.environ.get("LASP_LINKS")
+        _in_use.append(Links.read(Path(path)) if path else Links())
+    return _in_use[0]
+
+
+def use_links(found: Links) -> None:
+    """Go by these from now on. All ranks must be given the same."""
+    _in_use[:] = [found]
 
 
 def best_blocks(link: Link, hops: int, size: float, most: int) -> int:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Chain, Course, Summary
+from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Step
 from lasp.parallel.exchange.lane import Lane, named_failure
@@ -67,6 +68,12 @@ class TwoLevel(Exchange):
                 yield [(ranks[a][i], ranks[b][i], some) for a, b, some in step for i in range(G)]
         if G > 1:
             yield inside(lambda _, receiver: size.state * route.runs_per_rank[receiver])
+
+    def between(self, route: Route, size: Size) -> Exchange:
+        """The exchange between the nodes."""
+        if isinstance(self.outer, Auto):
+            return self.outer.choose(self._node_of(route).route, self._part_of(size))
+        return self.outer
 
     def work(self, route: Route, size: Size) -> int:
         node = self._node_of(route)

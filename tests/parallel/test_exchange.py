@@ -228,7 +228,6 @@ def test_what_the_model_prefers() -> None:
     size = Size(2**20, 64, 16, 128)
 
     def best(nodes: tuple[int, ...], ways: Links) -> str:
-        links.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lasp.parallel.exchange.base.links", lambda: ways)
             patch.setattr("lasp.parallel.exchange.relay.links", lambda: ways)
@@ -239,10 +238,7 @@ def test_what_the_model_prefers() -> None:
                 chosen = chosen.choose(route, size)
                 names.append(chosen.name)
                 if isinstance(chosen, TwoLevel):
-                    route, size_ = chosen._node_of(route).route, chosen._part_of(size)
-                    assert isinstance(chosen.outer, Auto)
-                    names.append(chosen.outer.choose(route, size_).name)
-                    break
+                    names.append(chosen.between(route, size).name)
             return " over ".join(names)
 
     by_eight = tuple(rank // 8 for rank in range(1024))
