@@ -27,12 +27,12 @@ lint: .venv/ready
 test-one: .venv/ready
 	$(BIN)/python -m pytest -m "not mpi and not gpu"
 
-# Every rank runs every test; what ranks other than 0 print shows when they fail.
+# Every rank runs every test; what ranks other than 0 print shows when they fail. After a failure ranks are out of step: -x.
 test-ranks: export OMP_NUM_THREADS = 1
 test-ranks: export OMPI_ALLOW_RUN_AS_ROOT = 1
 test-ranks: export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 test-ranks: .venv/ready
-	$(BIN)/mpirun --oversubscribe -n 4 $(BIN)/python -m pytest --with-mpi -m mpi
+	$(BIN)/mpirun --oversubscribe -n 4 $(BIN)/python -m pytest --with-mpi -m mpi -x
 
 .venv/ready: pyproject.toml requirements/pinned.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

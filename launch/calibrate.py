@@ -21,7 +21,7 @@ from torch import Tensor
 from lasp.kernels import Summary
 from lasp.launch.record import record
 from lasp.parallel.exchange.cost import Link, Links
-from lasp.parallel.exchange.lane import transfer
+from lasp.parallel.exchange.lane import Peers
 from lasp.parallel.mesh import processes
 from lasp.parallel.topology import Topology
 
@@ -63,7 +63,7 @@ def measure_links(group: dist.ProcessGroup, topology: Topology, device: torch.de
 
 def _link(group: dist.ProcessGroup, pairs: list[tuple[int, int]], device: torch.device, calls: int) -> Link:
     """Of the slowest of some pairs that send there and back at once."""
-    rank = dist.get_rank(group)
+    rank, peers = dist.get_rank(group), Peers.all(group)
     seconds = []
     for size in (SMALL, LARGE):
         message = torch.zeros(size, dtype=torch.int8, device=device)
@@ -73,11 +73,11 @@ def _link(group: dist.ProcessGroup, pairs: list[tuple[int, int]], device: torch.
             start = time.perf_counter()
             for a, b in pairs:
                 if rank == a:
-                    transfer([(b, message)], [], group)
-                    transfer([], [(b, message)], group)
+                    peers.transfer([(b, message)], [])
+                    peers.transfer([], [(b, message)])
                 elif rank == b:
-                    transfer([], [(a, message)], group)
-                    transfer([(a, message)], [], group)
+                    peers.transfer([], [(a, message)])
+                    peers.transfer([(a, message)], [])
             _finish(device)
             times.append((time.perf_counter() - start) / 2)
         mine = median(times[2:]) if any(rank in pair for pair in pairs) else 0.0

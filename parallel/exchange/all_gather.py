@@ -13,7 +13,7 @@ from lasp.kernels import Summary
 from lasp.parallel.collectives import all_gather_rows
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Step
-from lasp.parallel.exchange.lane import Running
+from lasp.parallel.exchange.lane import Peers, Running
 
 
 class AllGather(Exchange):
@@ -25,8 +25,13 @@ class AllGather(Exchange):
         # One collective needs no lane: it is asynchronous by itself.
         return super().start(runs, route) if route.world_size == 1 else self._gather(runs, route, self.group)
 
-    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
-        return self._gather(runs, route, group).wait()
+    def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
+        own = _padded(runs, route)
+        rows = own.new_empty(route.world_size, *own.shape)
+        rows[route.rank] = own
+        others = [rank for rank in range(route.world_size) if rank != route.rank]
+        peers.transfer([(rank, own) for rank in others], [(rank, rows[rank]) for rank in others])
+        return _Gathered(runs, rows.flatten(0, 1), None, route).wait()
 
     def steps(self, route: Route, size: Size) -> Iterable[Step]:
         # Libraries send round a ring, or as much in fewer steps.
@@ -38,15 +43,19 @@ class AllGather(Exchange):
         return 1
 
     def _gather(self, runs: Summary, route: Route, group: dist.ProcessGroup | None) -> _Gathered:
-        rows = runs.pack()
-        missing = route.slots - rows.shape[0]
-        sent = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
-        return _Gathered(runs, *all_gather_rows(sent, group), route)
+        return _Gathered(runs, *all_gather_rows(_padded(runs, route), group), route)
+
+
+def _padded(runs: Summary, route: Route) -> Tensor:
+    """A row a run, and rows of zeros to as many as any rank has."""
+    rows = runs.pack()
+    missing = route.slots - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
 
 
 @dataclass
 class _Gathered:
-    """The runs of all ranks, a row each; those of a rank with fewer than `Route.slots` are followed by rows of zeros."""
+    """The runs of all ranks, a row each; those of a rank with fewer than `Route.slots` are followed by zeros."""
 
     pattern: Summary
     rows: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 from lasp.kernels import Summary
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Step
-from lasp.parallel.exchange.lane import Running
+from lasp.parallel.exchange.lane import Peers, Running
 from lasp.parallel.topology import Topology
 
 
@@ -49,8 +49,8 @@ class Auto(Exchange):
     def start(self, runs: Summary, route: Route) -> Running:
         return self.choose(route, Size.of(runs)).start(runs, route)
 
-    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
-        return self.choose(route, Size.of(runs)).states(runs, route, group)
+    def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
+        return self.choose(route, Size.of(runs)).states(runs, route, peers)
 
     def steps(self, route: Route, size: Size) -> Iterable[Step]:
         return self.choose(route, size).steps(route, size)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lasp.kernels import Chain, Course, Summary
 from lasp.parallel.exchange.cost import Step, links
-from lasp.parallel.exchange.lane import Lane, Running
+from lasp.parallel.exchange.lane import Lane, Peers, Running
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.topology import Topology
 
@@ -120,12 +120,12 @@ class Exchange(ABC):
         """
         if route.world_size == 1 or self.group is None:
             return Alone(route.course.states(runs, None, None))
-        lane = Lane.of(self.group)
-        return lane.run(lambda: self.states(runs, route, lane.group), (runs.A, runs.B))
+        peers = Peers.all(self.group)
+        return Lane.of(self.group).run(lambda: self.states(runs, route, peers), (runs.A, runs.B))
 
     @abstractmethod
-    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
-        """The same in one go, between the ranks of a group that are numbered as in the route."""
+    def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
+        """The same in one go, between ranks that are numbered as in the route."""
 
     @abstractmethod
     def steps(self, route: Route, size: Size) -> Iterable[Step]:

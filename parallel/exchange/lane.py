@@ -1,11 +1,11 @@
-"""Where an exchange of many steps runs: beside the computation, on ranks' own groups, so that nothing else comes between."""
+"""Where an exchange of many steps runs, beside the computation, and how its ranks send each other tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -22,35 +22,22 @@ class Running(Protocol):
 
 
 class Lane:
-    """One for each group of ranks, made by all of them together: its exchanges follow one another in the order of their start.
+    """One for each group of ranks: its exchanges follow one another in the order of their start.
 
     On a GPU they run on a stream of their own and never hold the host up. On CPUs each step waits for the ones before it, so
     they run in a thread of their own.
-
-    Attributes:
-        group: the same ranks as a group for exchanges alone: what else the ranks send each other cannot be mistaken for it.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
-        self._timeout = timeout_of(group)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self.group = self.among(dist.get_process_group_ranks(group))
+    def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(1, "lasp exchange")
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Lane:
-        """The group's lane. All its ranks ask for it the first time."""
+        """The group's lane."""
         if group not in _made:
-            _made[group] = cls(group)
+            _made[group] = cls()
         return _made[group]
-
-    def among(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        """Some of the ranks, by their numbers in the job, as a group for exchanges: made by them together, once."""
-        key = tuple(ranks)
-        if key not in self._groups:
-            self._groups[key] = dist.new_group(list(key), timeout=self._timeout, use_local_synchronization=True)
-        return self._groups[key]
 
     def run(self, compute: Callable[[], Tensor], given: Sequence[Tensor]) -> Running:
         """Run what communicates and computes, after everything that the current stream was told.
@@ -70,26 +57,44 @@ class Lane:
 _made: WeakKeyDictionary[dist.ProcessGroup, Lane] = WeakKeyDictionary()
 
 
-def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """How long the group's ranks wait for each other."""
-    backend = group._get_backend(torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu"))
-    limit: timedelta = backend.options._timeout
-    return limit
+#: Tells what an exchange sends from all else that the group's ranks send each other, where the backend looks at it (gloo). NCCL
+#: goes by the order in which the host starts things, which is the same on all ranks.
+_TAG = 1 << 20
 
 
-def transfer(
-    sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]], group: dist.ProcessGroup
-) -> None:
-    """Send contiguous tensors to ranks of the group and receive others, all at once, and wait until they are there.
+@dataclass(frozen=True)
+class Peers:
+    """Some ranks of a group, here numbered from 0, that send each other tensors.
 
-    Two ranks' transfers are matched in the order in which both name them.
+    They need no group of their own: all goes from one rank to another, in the group that is there.
+
+    Attributes:
+        group: the sequence-parallel ranks.
+        ranks: the numbers in the group of those that take part.
     """
-    ways = [dist.P2POp(dist.isend, x, group=group, group_peer=rank) for rank, x in sent if x.numel()]
-    ways += [dist.P2POp(dist.irecv, x, group=group, group_peer=rank) for rank, x in received if x.numel()]
-    if ways:
-        with named_failure():
-            for work in dist.batch_isend_irecv(ways):
-                work.wait()
+
+    group: dist.ProcessGroup
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def all(cls, group: dist.ProcessGroup) -> Peers:
+        """Every rank of the group."""
+        return cls(group, tuple(range(dist.get_world_size(group))))
+
+    def transfer(self, sent: Iterable[tuple[int, Tensor]], received: Iterable[tuple[int, Tensor]]) -> None:
+        """Send contiguous tensors and receive others, all at once, and wait until they are there.
+
+        Two ranks' transfers are matched in the order in which both name them.
+        """
+        ways = [self._way(dist.isend, x, rank) for rank, x in sent if x.numel()]
+        ways += [self._way(dist.irecv, x, rank) for rank, x in received if x.numel()]
+        if ways:
+            with named_failure():
+                for work in dist.batch_isend_irecv(ways):
+                    work.wait()
+
+    def _way(self, way: Callable[..., object], x: Tensor, rank: int) -> dist.P2POp:
+        return dist.P2POp(way, x, group=self.group, group_peer=self.ranks[rank], tag=_TAG)
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Summary, act
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Link, Step, best_blocks, links
-from lasp.parallel.exchange.lane import transfer
+from lasp.parallel.exchange.lane import Peers
 
 
 class Ring(Exchange):
@@ -42,7 +41,7 @@ class Ring(Exchange):
     def work(self, route: Route, size: Size) -> int:
         return len(route.order) - 2 + self.blocks(route, size)
 
-    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+    def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
         A, B = runs.A, runs.B
         batch, _, H, K, V = B.shape
         widths = [len(part) for part in torch.arange(V).tensor_split(self.blocks(route, Size.of(runs)))]
@@ -70,7 +69,7 @@ class Ring(Exchange):
                     sent.append((next_rank, state.contiguous()))
                 if next_rank == route.rank:
                     arrived.append((parts[block][:, next_run], state))
-            transfer(sent, received, group)
+            peers.transfer(sent, received)
             for place, state in arrived:
                 place.copy_(state)
         return entering

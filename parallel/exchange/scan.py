@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Summary
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Step
-from lasp.parallel.exchange.lane import transfer
+from lasp.parallel.exchange.lane import Peers
 
 
 class Scan(Exchange):
@@ -30,7 +29,7 @@ class Scan(Exchange):
     def work(self, route: Route, size: Size) -> int:
         return (len(route.order) - 1).bit_length()
 
-    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+    def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
         mine = {position: run for position, (rank, run) in enumerate(route.order) if rank == route.rank}
         own = {p: Summary(runs.A[:, run : run + 1], runs.B[:, run : run + 1]) for p, run in mine.items()}
         # What the runs before each, as far as they are known, compose to.
@@ -53,7 +52,7 @@ class Scan(Exchange):
                     rows = runs.empty(1).pack()
                     received.append((route.order[source][0], rows))
                     came[target] = runs.unpack(rows)
-            transfer(sent, received, group)
+            peers.transfer(sent, received)
             for p, further in came.items():
                 before[p] = further.compose(before[p]) if p in before else further
             reach *= 2

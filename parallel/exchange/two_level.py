@@ -8,7 +8,7 @@ bytes of the exchange between N nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ from lasp.kernels import Chain, Course, Summary
 from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Step
-from lasp.parallel.exchange.lane import Lane, named_failure
+from lasp.parallel.exchange.lane import Peers
 from lasp.parallel.topology import Topology
 
 
@@ -46,11 +46,6 @@ class TwoLevel(Exchange):
                 f"exchange='two-level' needs as many ranks on every node, given {counts}: choose exchange='scan' instead"
             )
         self.outer = outer(Topology(tuple(range(topology.count))), len(topology.node_of(0)))
-        if group is not None:
-            lane, rank = Lane.of(group), dist.get_rank(group)
-            ranks = dist.get_process_group_ranks(group)
-            self._node = lane.among([ranks[r] for r in topology.node_of(rank)])
-            self._peers = lane.among([ranks[r] for r in topology.peers_of(rank)])
 
     def steps(self, route: Route, size: Size) -> Iterable[Step]:
         node, part = self._node_of(route), self._part_of(size)
@@ -94,32 +89,25 @@ class TwoLevel(Exchange):
             size.columns if by_heads else -(-size.columns // G),
         )
 
-    def states(self, runs: Summary, route: Route, group: dist.ProcessGroup) -> Tensor:
+    def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
         node = self._node_of(route)
+        inside = Peers(peers.group, tuple(peers.ranks[rank] for rank in node.members))
         parts = _parts(runs, len(node.members))
-        mine = parts[node.place]
         # The node's runs, as far as this rank's heads go: those of each member in turn.
-        rows = torch.cat([part.of(runs).pack().flatten() for part in parts])
+        pattern = parts[node.place].of(runs)
         counts = [route.runs_per_rank[rank] for rank in node.members]
-        pattern = mine.of(runs)
-        size = pattern.numbers
-        sizes = [part.of(runs).numbers * runs.count for part in parts]
-        rows = _all_to_all(rows, sizes, [count * size for count in counts], self._node).view(-1, size)
+        rows = _all_to_all([part.of(runs).pack() for part in parts], counts, node.place, inside)
         here = pattern.unpack(rows)
         entering = None
         if len(node.route.order) > 1:
-            entering = self.outer.states(node.course.leaving(here, None), node.route, self._peers)
-        states = node.course.states(here, None, entering)
+            alike = Peers(peers.group, tuple(peers.ranks[rank] for rank in self.topology.peers_of(route.rank)))
+            entering = self.outer.states(node.course.leaving(here, None), node.route, alike)
+        states = node.course.states(here, None, entering).movedim(1, 0).contiguous()
         # And back: to each member the states of its runs.
-        width = states[:, :1].numel()
-        back = [count * width for count in counts]
-        shapes = [part.of(runs).B.movedim(1, 0).shape for part in parts]
-        came = _all_to_all(
-            states.movedim(1, 0).reshape(-1), back, [shape.numel() for shape in shapes], self._node
-        ).split([shape.numel() for shape in shapes])
-        return torch.cat(
-            [x.view(shape).movedim(0, 1) for x, shape in zip(came, shapes, strict=True)], dim=mine.axis
-        ).contiguous()
+        mine = [part.of(runs).B.movedim(1, 0) for part in parts]
+        came = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in mine]
+        _swap(states.split(counts), came, node.place, inside)
+        return torch.cat([part.movedim(0, 1) for part in came], dim=parts[0].axis).contiguous()
 
 
 @dataclass(frozen=True)
@@ -188,11 +176,15 @@ def _parts(runs: Summary, count: int) -> list[_Part]:
     return [_Part(axis, start, end - start) for start, end in pairwise(bounds)]
 
 
-def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Numbers for each rank of the group, and from each."""
-    if len(sent) == 1:
-        return x
-    out = x.new_empty(sum(received))
-    with named_failure():
-        dist.all_to_all_single(out, x, received, sent, group=group)
-    return out
+def _all_to_all(parts: Sequence[Tensor], counts: Sequence[int], place: int, peers: Peers) -> Tensor:
+    """A part's rows for each rank; the rows that each rank has for this one, as many as it has runs, in turn."""
+    came = parts[place].new_empty(sum(counts), parts[place].shape[1])
+    _swap(parts, came.split(list(counts)), place, peers)
+    return came
+
+
+def _swap(sent: Sequence[Tensor], received: Sequence[Tensor], place: int, peers: Peers) -> None:
+    """A tensor to each rank, and one from each."""
+    others = [rank for rank in range(len(sent)) if rank != place]
+    peers.transfer([(rank, sent[rank]) for rank in others], [(rank, received[rank]) for rank in others])
+    received[place].copy_(sent[place])

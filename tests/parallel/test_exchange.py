@@ -32,6 +32,7 @@ from lasp.parallel.exchange import (
 )
 from lasp.parallel.exchange.base import Size
 from lasp.parallel.exchange.cost import Link, Links, links
+from lasp.parallel.exchange.lane import Peers
 from lasp.parallel.topology import Topology
 from tests.kernels.test_summary import FAMILIES
 from tests.parallel.test_linear import run
@@ -145,31 +146,20 @@ def test_layers_are_the_same_over_any_exchange(groups: Groups, name: str, docume
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What this rank puts on its way to others: a step each, in bytes."""
-    from lasp.parallel.exchange import relay, scan, two_level
+    steps: list[int] = []
+    transfer = Peers.transfer
 
-    steps: list[tuple[str, int]] = []
-    for module in (relay, scan):
-        transfer = module.transfer
+    def spy(peers, out, into):
+        steps.append(sum(x.nbytes for _, x in out))
+        transfer(peers, out, into)
 
-        def spy(out, into, group, transfer=transfer):
-            steps.append(("step", sum(x.nbytes for _, x in out)))
-            transfer(out, into, group)
-
-        monkeypatch.setattr(module, "transfer", spy)
-    all_to_all = two_level._all_to_all
-
-    def spy_all(x, sizes, received, group):
-        me = dist.get_rank(group)
-        steps.append(("inside", (sum(sizes) - sizes[me]) * x.element_size()))
-        return all_to_all(x, sizes, received, group)
-
-    monkeypatch.setattr(two_level, "_all_to_all", spy_all)
+    monkeypatch.setattr(Peers, "transfer", spy)
     return steps
 
 
-def traffic(group: dist.ProcessGroup, sent: list[tuple[str, int]], exchange: Exchange) -> list[tuple[str, int]]:
+def traffic(group: dist.ProcessGroup, sent: list[int], exchange: Exchange) -> list[int]:
     """One exchange of one run a rank: 8 heads of 16 × 16 in float32, a decay each."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     route = Route.forward(SequenceLayout.contiguous(64, world), rank)
@@ -179,27 +169,23 @@ def traffic(group: dist.ProcessGroup, sent: list[tuple[str, int]], exchange: Exc
 
 
 @pytest.mark.mpi(min_size=4)
-def test_bytes_are_those_of_the_design(groups: Groups, sent: list[tuple[str, int]]) -> None:
+def test_bytes_are_those_of_the_design(groups: Groups, sent: list[int]) -> None:
     group, state, decays = groups[4], 4 * 8 * 16 * 16, 4 * 8
     rank, alone = dist.get_rank(group), Topology((0,) * 4)
     # The state goes on once, from all but the last.
-    assert traffic(group, sent, Ring(group, alone)) == [("step", state if step == rank else 0) for step in range(3)]
+    assert traffic(group, sent, Ring(group, alone)) == [state if step == rank else 0 for step in range(3)]
     # In four blocks, W − 2 + K steps.
     blocks = type("InFour", (Pipelined,), {"blocks": lambda *_: 4})(group, alone)
-    assert traffic(group, sent, blocks) == [
-        ("step", state // 4 if rank < 3 and 0 <= s - rank < 4 else 0) for s in range(6)
-    ]
+    assert traffic(group, sent, blocks) == [state // 4 if rank < 3 and 0 <= s - rank < 4 else 0 for s in range(6)]
     # By doubling, log2 W steps of a summary.
     summary = state + decays
-    assert traffic(group, sent, FLAT["scan"](group, alone)) == [
-        ("step", summary if rank + reach < 4 else 0) for reach in (1, 2)
-    ]
+    assert traffic(group, sent, FLAT["scan"](group, alone)) == [summary if rank + reach < 4 else 0 for reach in (1, 2)]
     # Two nodes of two: half a summary to the other, a half between the nodes, half a state back.
     two = two_level(group, (0, 0, 1, 1), Scan)
     assert traffic(group, sent, two) == [
-        ("inside", summary // 2),
-        ("step", summary // 2 if rank < 2 else 0),
-        ("inside", state // 2),
+        summary // 2,
+        summary // 2 if rank < 2 else 0,
+        state // 2,
     ]
 
 
