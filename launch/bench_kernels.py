@@ -191,7 +191,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
     sp = SequenceParallel.single(SequenceLayout.contiguous(q.shape[1], 1))
     pending = start_linear(ChunkedDecay(), tokens, None, sp)
     widths = (k.shape[-1], v.shape[-1])
-    return Pending("", ChunkedDecay(), tokens, None, sp, pending, widths).finish(q)[0]
+    return Pending("", tokens, sp, pending, widths).finish(q)[0]
 
 
 def errors(name: str, peer: Op | None, strength: float) -> dict[str, dict[str, float]]:

@@ -35,12 +35,14 @@ class Split:
         sp: how many ranks share a sequence.
         layout: who holds which tokens, as `Options.layout`.
         softmax_sp: how keys and values travel, as `Options.softmax_sp`.
+        method: of sequence parallelism, as `Options.sp`.
     """
 
     dp: int
     sp: int
     layout: str = "contiguous"
     softmax_sp: str = "all-gather"
+    method: str = "lasp2"
 
     def of(self, run: Options) -> Options:
         """The run, split in this way.
@@ -48,14 +50,16 @@ class Split:
         Raises:
             ValueError: naming the option that does not allow it.
         """
-        method = "none" if self.sp == 1 else "lasp2"
+        method = "none" if self.sp == 1 else self.method
         options = replace(run, sp=method, sp_size=self.sp, layout=self.layout, softmax_sp=self.softmax_sp)
         options.check(self.dp * self.sp)
         return options
 
     def __str__(self) -> str:
         name = f"DP {self.dp} × SP {self.sp}"
-        return name if self.sp == 1 else f"{name}, {self.layout}, {self.softmax_sp}"
+        if self.sp == 1:
+            return name
+        return f"{name}, {self.layout}, {self.softmax_sp}" + ("" if self.method == "lasp2" else f", {self.method}")
 
 
 #: One rank, without sequence parallelism: what the others must give.

@@ -108,6 +108,11 @@ def keep(name: str) -> str:
     return name
 
 
+def name_in_graph(sp: SequenceParallel) -> str:
+    """The name by which operators that serve graphs and eager calls alike find the ranks."""
+    return keep(sp.name) if torch.compiler.is_compiling() else sp.name
+
+
 @assume_constant_result
 def _serial() -> str:
     """Another one for each start in a graph: two starts that look alike must not become one, each is finished once."""

@@ -18,10 +18,17 @@ from lasp.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Method:
-    """A published method of sequence parallelism, whole: what its linear and its softmax layers do."""
+    """A published method of sequence parallelism, whole: what its linear and its softmax layers do.
+
+    Attributes:
+        exchange: how the linear layers' states travel.
+        softmax: how softmax layers are shared, of `SOFTMAX`.
+        linear: how linear layers are shared: ``"states"``, ``"ulysses"`` (heads) or ``"ring"`` (keys and values travel).
+    """
 
     exchange: str
     softmax: str
+    linear: str = "states"
 
 
 #: The methods by name, as ``--sp`` takes them.
@@ -29,10 +36,12 @@ METHODS = {
     "lasp2": Method(exchange="auto", softmax="all-gather"),
     "lasp1": Method(exchange="ring", softmax="ring"),
     "zeco": Method(exchange="pipelined", softmax="all-gather"),
+    "ulysses": Method(exchange="auto", softmax="ulysses", linear="ulysses"),
+    "ring": Method(exchange="auto", softmax="ring", linear="ring"),
 }
 
 #: How softmax layers share keys and values, as ``--softmax-sp`` takes it.
-SOFTMAX = ("all-gather", "ring")
+SOFTMAX = ("all-gather", "ring", "ulysses")
 
 
 #: The first of each name that is alive, and those that shall outlive their last user.
@@ -49,10 +58,12 @@ class SequenceParallel:
         method: ``"lasp2"``: one all-gather of the states for linear layers, all-gather attention for softmax layers
             (LASP-2H), https://arxiv.org/abs/2502.07563. ``"lasp1"``: both go round a ring, https://arxiv.org/abs/2404.02882
             and https://arxiv.org/abs/2310.01889. ``"zeco"``: states in a pipeline of blocks, https://arxiv.org/abs/2507.01004.
+            ``"ulysses"``: all-to-alls give each rank all tokens of some heads, https://arxiv.org/abs/2309.14509.
+            ``"ring"``: keys and values go round for linear layers too, which then cost T² (the baseline of LASP-2's paper).
         exchange: how the linear layers' states travel: ``"auto"`` (the method's own; of lasp2 what the cost model holds for the
-            fastest, on one node the all-gather), or one of `EXCHANGES`.
-        softmax: how the softmax layers' keys and values travel: ``"auto"`` (the method's own), ``"all-gather"`` or
-            ``"ring"``.
+            fastest, on one node the all-gather), or one of `EXCHANGES`. Of ulysses and ring none does.
+        softmax: how the softmax layers' keys and values travel: ``"auto"`` (the method's own), ``"all-gather"``, ``"ring"`` or
+            ``"ulysses"``.
         nodes: the node of each rank, by which the exchange ``"two-level"`` goes; by the ranks' host names when None.
         check: whether ops settle among the ranks that their inputs agree before they communicate, so that a mistake is one
             clear error everywhere and no hang. On CPU groups every call does, elsewhere the first call of each kind.
@@ -98,6 +109,8 @@ class SequenceParallel:
         ):
             if value not in known:
                 problem = f"unknown {option}={value!r}: expected one of {', '.join(known)}"
+        if problem is None and exchange != "auto" and METHODS[method].linear != "states":
+            problem = f"exchange={exchange!r}: the method {method} sends no states; leave it at 'auto', or choose lasp2"
         content = hashlib.sha1(repr((layout.runs, layout.cu_seqlens)).encode()).hexdigest()
         digest = content[:8]
         self.settle(
@@ -107,6 +120,8 @@ class SequenceParallel:
         )
         self.method = method
         self.softmax = METHODS[method].softmax if softmax == "auto" else softmax
+        #: How linear layers are shared; a single rank shares nothing.
+        self.linear = "states" if self.world_size == 1 else METHODS[method].linear
         travels = METHODS[method].exchange if exchange == "auto" else exchange
         topology = Topology.of(self.group, (0,) * self.world_size if self._fake else nodes)
         self.exchange: Exchange = build_exchange(travels, self.group, topology)
@@ -120,10 +135,18 @@ class SequenceParallel:
                 travels,
                 str(topology.nodes),
                 self.softmax,
+                self.linear,
                 content,
             ]
         )
         self._namesake = self._register()
+        #: The same sequence on one rank that holds all of it: what is computed after heads were dealt out.
+        self.whole = self
+        if self.world_size > 1 and "ulysses" in (self.linear, self.softmax):
+            total, documents = layout.total_tokens, layout.cu_seqlens
+            self.whole = layout.cached(
+                "whole", lambda: SequenceParallel.single(SequenceLayout.contiguous(total, 1, documents))
+            )
 
     @classmethod
     def single(cls, layout: SequenceLayout) -> SequenceParallel:

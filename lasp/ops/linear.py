@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels import Recurrence, Tokens, elementwise_decay
+from lasp.kernels import Tokens, elementwise_decay
 from lasp.ops.inputs import (
     CuSeqlens,
     agree,
@@ -41,9 +41,9 @@ from lasp.ops.inputs import (
     needs_gradient,
     sequence_of,
 )
-from lasp.parallel import PendingLinear, SequenceParallel, start_linear
-from lasp.parallel.operators import TracedLinear, recurrence_of
-from lasp.parallel.unmasked import unmasked_linear
+from lasp.parallel import SequenceParallel
+from lasp.parallel.layer import PendingLayer, check_layer, start_layer
+from lasp.parallel.operators import recurrence_of
 
 
 @dataclass
@@ -54,11 +54,9 @@ class Pending:
     """
 
     op: str
-    recurrence: Recurrence | str
     tokens: Tokens
-    initial_state: Tensor | None
     sp: SequenceParallel
-    linear: PendingLinear | TracedLinear | None
+    layer: PendingLayer
     widths: tuple[int, int]
 
     def finish(
@@ -75,6 +73,7 @@ class Pending:
                 )
             if scale == 0:
                 raise ValueError(f"{self.op}: scale must not be 0, which makes all outputs 0")
+            check_layer(self.op, self.sp, k.shape[2], states=output_final_state)
 
         gradient = needs_gradient(q)
 
@@ -89,17 +88,10 @@ class Pending:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if k.shape[-1] != q.shape[-1]:
             q = F.pad(q, (0, k.shape[-1] - q.shape[-1]))
-        final: Tensor | None
-        if self.linear is not None:
-            o, final = self.linear.finish(q, scale, output_final_state)
-        else:
-            o, final = unmasked_linear(self.recurrence, q, self.tokens, self.initial_state, self.sp, scale)
+        o, final = self.layer.finish(q, scale, output_final_state)
         K, V = self.widths
         o = o if o.shape[-1] == V else o[..., :V]
-        if not output_final_state:
-            return o, None
-        assert final is not None
-        return o, final[..., :K, :V].flatten(0, 1)
+        return o, None if final is None else final[..., :K, :V].flatten(0, 1)
 
 
 def start(
@@ -150,6 +142,7 @@ def start(
         if batch != 1 and seq.num_documents > 1:
             raise ValueError(f"{op}: packed documents come in one row: expected batch size 1, given {batch}")
         check_tokens(op, tokens, seq)
+        check_layer(op, seq, heads, g, initial_state is not None, causal)
         if g is not None:
             check_log_decay(op, g)
 
@@ -170,8 +163,7 @@ def start(
         g = F.pad(g, (0, pad[0])) if g is not None and g.dim() == 4 else g
         states = None if states is None else F.pad(states, (0, pad[1], 0, pad[0]))
         tokens = Tokens(k, v, () if g is None else (g,))
-    linear = start_linear(recurrence, tokens, states, seq) if causal else None
-    return Pending(op, recurrence, tokens, states, seq, linear, widths)
+    return Pending(op, tokens, seq, start_layer(recurrence, tokens, states, seq, causal), widths)
 
 
 def linear_attn(

@@ -7,6 +7,7 @@ from torch import Tensor
 from lasp.ops.inputs import CuSeqlens, agree, check_axes, check_tokens, describe, needs_gradient, sequence_of
 from lasp.parallel import SequenceParallel
 from lasp.parallel.attention import Reach, attention
+from lasp.parallel.heads import check_heads
 
 
 def softmax_attn(
@@ -22,7 +23,8 @@ def softmax_attn(
     """Softmax attention within documents: ``o_i = Σ_j softmax_j(scale · q_i · k_j) v_j``.
 
     Under `sp` the keys and values travel as `SequenceParallel`'s `softmax` says: gathered (LASP-2H,
-    https://arxiv.org/abs/2502.07563, section 3.4) or round a ring (Ring Attention, https://arxiv.org/abs/2310.01889).
+    https://arxiv.org/abs/2502.07563, section 3.4), round a ring (Ring Attention, https://arxiv.org/abs/2310.01889), or by heads
+    (Ulysses, https://arxiv.org/abs/2309.14509).
 
     Args:
         q: ``[B, T, H, D]``; under `sp` this rank's tokens.
@@ -63,6 +65,8 @@ def softmax_attn(
         if batch != 1 and seq.num_documents > 1:
             raise ValueError(f"softmax_attn: packed documents come in one row: expected batch size 1, given {batch}")
         check_tokens("softmax_attn", tokens, seq)
+        if seq.softmax == "ulysses" and seq.world_size > 1:
+            check_heads("softmax_attn", heads, seq, kv_heads)
 
     agree(
         seq,

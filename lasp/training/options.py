@@ -57,7 +57,8 @@ class Options:
     """How many tokens a token of a softmax layer sees. All before it if not given."""
 
     sp: str = "lasp2"
-    """Method of sequence parallelism: lasp2, lasp1 (rings), zeco (pipelined states), or none for data parallelism alone."""
+    """Method of sequence parallelism: lasp2, lasp1 (rings), zeco (pipelined states), ulysses (heads are dealt out), ring (keys
+    and values travel for linear layers too), or none for data parallelism alone."""
     sp_size: int | None = None
     """How many consecutive ranks share a sequence; the other ranks take other sequences. All ranks if not given."""
     layout: str = "contiguous"
@@ -66,7 +67,7 @@ class Options:
     """How the linear layers' states travel between ranks: auto (the method's own), all-gather, ring, pipelined (ring in
     blocks), scan (by doubling), two-level (inside nodes, then between them)."""
     softmax_sp: str = "auto"
-    """How the softmax layers' keys and values travel: auto (the method's own), all-gather or ring."""
+    """How the softmax layers' keys and values travel: auto (the method's own), all-gather, ring or ulysses."""
 
     data: Path | None = None
     """A text file, or a directory of text files. The sources of Python's standard library if not given."""

@@ -13,12 +13,17 @@ from lasp.parallel.attention import operators
 from lasp.parallel.attention.local import flex_attention_with_gradients, triangular_attention
 from lasp.parallel.attention.mask import Reach
 from lasp.parallel.attention.ways import ATTENTION, way, whole_mask
+from lasp.parallel.heads import copies_of_keys, to_heads, to_tokens
 from lasp.parallel.operators import keep
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reach, scale: float) -> Tensor:
     """Attention to the keys of all ranks, the way that `sp` says. Shapes are `lasp.ops.softmax_attn`'s."""
+    if sp.softmax == "ulysses" and sp.world_size > 1:
+        copies = copies_of_keys(k.shape[2], sp)
+        k, v = (to_heads(x.repeat_interleave(copies, dim=2), sp) for x in (k, v))
+        return to_tokens(attention(to_heads(q, sp), k, v, sp.whole, reach, scale), sp)
     if torch.compiler.is_compiling():
         low, high = index(reach.low), index(reach.high)
         if _traced_triangular(keep(sp.name), low, high):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lasp import SequenceLayout
 from lasp.launch.parity import ALONE, Deviation, Parity, Split, compare, splits, train
 from lasp.layers import MIXERS
+from lasp.parallel.sequence_parallel import METHODS
 from lasp.training import Options
 from lasp.training.options import LAYOUTS
 
@@ -48,6 +49,13 @@ def test_the_same_training_with_uneven_and_empty_ranks(monkeypatch: pytest.Monke
 
     monkeypatch.setitem(LAYOUTS, "table", table)
     check(options(), Split(1, 4, "table"), Split(1, 4, "table", "ring"))
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "lasp2"])
+def test_the_same_training_by_every_method(method: str) -> None:
+    run = options(mixer="simple_gla", steps=8)
+    check(run, Split(1, 4, "contiguous", "auto", method), Split(2, 2, "zigzag", "auto", method))
 
 
 @pytest.mark.usefixtures("world")

@@ -126,7 +126,7 @@ def test_grouped_queries(groups: Groups, softmax: str, kv_heads: int) -> None:
 def test_large_scores(groups: Groups, softmax: str) -> None:
     """Scores of a thousand neither overflow nor lose the weights of the parts."""
     x = Inputs(6, torch.float64)
-    whole = [x.normal(1, TOKENS, 2, D) for _ in range(3)]
+    whole = [x.normal(1, TOKENS, H, D) for _ in range(3)]
     want = softmax_attention(*whole, scale=300.0)
     sp = SequenceParallel(groups[4], SequenceLayout.zigzag(TOKENS, 4), softmax=softmax)
     q, k, v = (sp.layout.shard(y, sp.rank) for y in whole)
@@ -148,7 +148,7 @@ def test_any_table_on_four_ranks(
 ) -> None:
     sp = SequenceParallel(groups[4], layout, softmax=softmax)
     x, T = Inputs(0, torch.float64), layout.total_tokens
-    whole = [x.normal(1, T, heads, 3) for heads in (2, 1, 1)]
+    whole = [x.normal(1, T, heads, 3) for heads in (4, 2, 2)]
     there = [y.clone().requires_grad_() for y in whole]
     want = softmax_attention(*there, causal=causal, window=window, cu_seqlens=layout.cu_seqlens)
     do = x.normal(*want.shape)

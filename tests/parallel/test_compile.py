@@ -44,6 +44,16 @@ def test_ops(groups: Groups, op: str, name: str, documents: str, causal: bool) -
     assert_close(results(compiled(function), tensors), results(function, tensors), 1e-12)
 
 
+@pytest.mark.parametrize("method", ["ulysses", "ring"])
+@pytest.mark.parametrize("op", ["linear_attn", "retention", "simple_gla"])
+def test_methods(groups: Groups, op: str, method: str) -> None:
+    sp = SequenceParallel(groups[4], LAYOUTS["table"](TOKENS, 4, DOCUMENTS["packed"]), method=method)
+    states = method == "ulysses"
+    function = partial(OPS[op][0], sp=sp, output_final_state=states)
+    tensors = local(op, "packed", states, sp)
+    assert_close(results(compiled(function), tensors), results(function, tensors), 1e-12)
+
+
 def test_a_rank_without_tokens(groups: Groups) -> None:
     sp = SequenceParallel(groups[4], LAYOUTS["table"](TOKENS, 4, DOCUMENTS["packed"]))
     function = partial(gla, sp=sp, output_final_state=True)

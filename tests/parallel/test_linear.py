@@ -22,7 +22,7 @@ from tests.support import (
     sum_over_ranks,
 )
 
-H, K, V = 2, 4, 3
+H, K, V = 4, 4, 3
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 OPS = {
     "linear_attn": (linear_attn, None),

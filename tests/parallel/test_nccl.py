@@ -12,9 +12,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lasp import SequenceParallel
+from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import SOFTMAX
 from tests.parallel import test_attention, test_convolution
+from tests.parallel.test_exchange import NODES
 from tests.parallel.test_linear import OPS, TOLERANCE, run
+from tests.parallel.test_methods import without_states
 from tests.support import DOCUMENTS, LAYOUTS, TOKENS, assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -46,6 +49,31 @@ def _linear(world: int) -> None:
                     _check(run(op, sp, documents, dtype, True, True, device="cuda"), tolerance)
 
 
+def _exchanges(world: int) -> None:
+    for name in EXCHANGES:
+        for nodes in NODES[world]:
+            for layout in LAYOUTS.values():
+                sp = SequenceParallel(
+                    dist.group.WORLD, layout(TOKENS, world, DOCUMENTS["packed"]), exchange=name, nodes=nodes
+                )
+                for op in ("linear_attn", "simple_gla", "gla"):
+                    _check(run(op, sp, "packed", torch.float64, True, True, device="cuda"), 1e-10)
+
+
+def _methods(world: int) -> None:
+    for layout in LAYOUTS.values():
+        for documents, cu_seqlens in DOCUMENTS.items():
+            whole = layout(TOKENS, world, cu_seqlens)
+            for op in ("linear_attn", "retention", "simple_gla"):
+                sp = SequenceParallel(dist.group.WORLD, whole, method="ulysses")
+                _check(run(op, sp, documents, torch.float64, True, True, device="cuda"), 1e-10)
+                by_tokens, by_states = (
+                    without_states(op, SequenceParallel(dist.group.WORLD, whole, method=m), documents, True, "cuda")
+                    for m in ("ring", "lasp2")
+                )
+                _check((by_tokens, by_states), 1e-10)
+
+
 def _softmax(world: int) -> None:
     for softmax in SOFTMAX:
         for name, layout in LAYOUTS.items():
@@ -74,6 +102,6 @@ def _check(results: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]], tol
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("check", [_linear, _softmax, _convolution])
+@pytest.mark.parametrize("check", [_linear, _exchanges, _methods, _softmax, _convolution])
 def test_every_op_on_every_layout(world: int, check: Callable[[int], None]) -> None:
     mp.spawn(_rank, (world, _port(), check), nprocs=world)
