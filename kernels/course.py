@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +44,6 @@ class _Tables:
         run: the run of each chain ``[chains]``.
         final: the last chain of each run ``[runs]``.
         slot: where the state before each position is written to ``[P]``, −1 for nowhere.
-        source: for each slot the position before it, or P + its chain where it is the chain's first.
-        seeded: the first positions of the chains with a seed, and
-        seeds: these seeds.
-        reaches: for each step of the doubling, the positions that have one of their own chain that far back.
     """
 
     order: Tensor
@@ -58,10 +53,6 @@ class _Tables:
     run: Tensor
     final: Tensor
     slot: Tensor
-    source: Tensor
-    seeded: Tensor
-    seeds: Tensor
-    reaches: tuple[Tensor, ...]
 
 
 class Course:
@@ -77,26 +68,20 @@ class Course:
         self.runs = runs
         members = [m for chain in chains for m in chain.members]
         wanted = range(len(members)) if slots is None else slots
-        at = {member: position for position, member in enumerate(members)}
         self.slots = len(wanted)
         self.longest = max((len(chain.members) for chain in chains), default=0)
-        of = [c for c, chain in enumerate(chains) for _ in chain.members]
+        self._slot_of = {member: slot for slot, member in enumerate(wanted)}
+        #: Each chain as far as states are wanted, and the last one of each run.
+        self._wanted: list[tuple[Chain, tuple[int, ...]]] = []
+        self._last = {chain.run: chain for chain in chains}
         first = [0]
+        until = []
         for chain in chains:
+            far = max((i + 1 for i, m in enumerate(chain.members) if m in self._slot_of), default=0)
+            self._wanted.append((chain, chain.members[:far]))
+            until.append(first[-1] + far)
             first.append(first[-1] + len(chain.members))
         final = {chain.run: c for c, chain in enumerate(chains)}
-        slot = [-1] * len(members)
-        until = first[:-1]
-        source = []
-        for i, member in enumerate(wanted):
-            position = at[member]
-            chain_of = of[position]
-            slot[position] = i
-            until[chain_of] = max(until[chain_of], position + 1)
-            source.append(position - 1 if position != first[chain_of] else len(members) + chain_of)
-        back = [position - first[of[position]] for position in range(len(members))]
-        steps = [1 << i for i in range(max(self.longest - 1, 0).bit_length())]
-        seeded = [(first[c], chain.seed) for c, chain in enumerate(chains) if chain.seed is not None]
         self._host = _Tables(
             order=_index(members),
             first=_index(first),
@@ -104,22 +89,14 @@ class Course:
             seed=_index([-1 if chain.seed is None else chain.seed for chain in chains]),
             run=_index([chain.run for chain in chains]),
             final=_index([final[run] for run in range(runs)]),
-            slot=_index(slot),
-            source=_index(source),
-            seeded=_index([position for position, _ in seeded]),
-            seeds=_index([seed for _, seed in seeded]),
-            reaches=tuple(torch.tensor([b >= step for b in back[step:]], dtype=torch.bool) for step in steps),
+            slot=_index([self._slot_of.get(member, -1) for member in members]),
         )
-        self._in_order = members == list(range(len(members)))
         self._tables: dict[torch.device, _Tables] = {}
 
     def on(self, device: torch.device) -> _Tables:
         """The tables on a device, copied there once."""
         if device not in self._tables:
-            tables: dict[str, Any] = vars(self._host)
-            reaches = tuple(mask.to(device) for mask in tables["reaches"])
-            indices = {name: x.to(device) for name, x in tables.items() if name != "reaches"}
-            self._tables[device] = _Tables(**indices, reaches=reaches)
+            self._tables[device] = _Tables(**{name: x.to(device) for name, x in vars(self._host).items()})
         return self._tables[device]
 
     def leaving(self, maps: Summary, seeds: Tensor | None) -> Summary:
@@ -129,16 +106,25 @@ class Course:
             maps: every map.
             seeds: the states that chains start from ``[B, N, H, K, V]``; zero when None.
         """
-        if not self.longest:
-            return maps.empty(self.runs)
-        if maps.A.dim() < 5 and triton.serves(maps.B):
+        if maps.A.dim() < 5 and self.longest and triton.serves(maps.B):
             from lasp.kernels.triton.scan import leaving
 
             return leaving(self, maps, seeds)
-        at = self.on(maps.B.device)
-        if seeds is not None:
-            seeds = seeds.index_select(1, at.seeds)
-        return self._composed(maps, at.seeded, seeds).select(at.first[1:].index_select(0, at.final) - 1)
+        out = maps.empty(self.runs)
+        for run, chain in self._last.items():
+            A, B = out.A[:, run], out.B[:, run]
+            first, *rest = chain.members
+            if chain.seed is None:
+                A.copy_(maps.A[:, first])
+            else:
+                A.zero_()
+            _after(maps, first, None if chain.seed is None else _state(seeds, chain.seed, B), B)
+            for member in rest:
+                if chain.seed is None:
+                    step = maps.A[:, member]
+                    A.copy_(step @ A if maps.A.dim() == 5 else step * A)
+                _after(maps, member, B, B)
+        return out
 
     def states(self, maps: Summary, seeds: Tensor | None, entering: Tensor | None) -> Tensor:
         """The state before each slot's member ``[B, slots, H, K, V]``.
@@ -148,48 +134,40 @@ class Course:
             seeds: as above.
             entering: what enters the runs ``[B, runs, H, K, V]``; zero when None.
         """
-        if not self.longest:
-            return maps.empty(self.slots).B
-        if maps.A.dim() < 5 and triton.serves(maps.B):
+        if maps.A.dim() < 5 and self.longest and triton.serves(maps.B):
             from lasp.kernels.triton.scan import states
 
             return states(self, maps, seeds, entering)
-        at = self.on(maps.B.device)
-        nothing = torch.zeros_like(maps.B[:, :1])
-        # Whatever a chain starts from: nothing, a seed, or what enters its run.
-        starts = torch.cat([nothing, *(x.to(nothing.dtype) for x in (seeds, entering) if x is not None)], dim=1)
-        count = 0 if seeds is None else seeds.shape[1]
-        seed = at.seed + 1 if count else torch.zeros_like(at.seed)
-        start = torch.where(at.seed < 0, 0 if entering is None else 1 + count + at.run, seed)
-        begun = starts.index_select(1, start)
-        after = self._composed(maps, at.first[:-1], begun).B
-        return torch.cat([after, begun], dim=1).index_select(1, at.source)
+        batch, _, *state_shape = maps.B.shape
+        out = maps.B.new_empty(batch, self.slots, *state_shape)
+        for chain, members in self._wanted:
+            source, which = (entering, chain.run) if chain.seed is None else (seeds, chain.seed)
+            state = _state(source, which, out)
+            for i, member in enumerate(members):
+                slot = self._slot_of.get(member)
+                place = None if slot is None else out[:, slot]
+                if i > 0:
+                    state = _after(maps, members[i - 1], state, place)
+                elif place is not None:
+                    place.zero_() if state is None else place.copy_(state)
+        return out
 
-    def _composed(self, maps: Summary, first: Tensor, starts: Tensor | None) -> Summary:
-        """Each position's map after all those before it in its chain, when states ``[B, m, H, K, V]`` enter m positions."""
-        at = self.on(maps.B.device)
-        if not self._in_order or len(at.order) < maps.count:
-            maps = maps.select(at.order)
-        A, B = maps.A, maps.B
-        if len(first):
-            if starts is not None:
-                begun = Summary(A, B).select(first).apply(starts.to(B.dtype))
-                B = B.index_copy(1, first, begun)
-            A = A.index_fill(1, first, 0)
-        for reach in at.reaches:
-            step = B.shape[1] - len(reach)
-            here, back = Summary(A[:, step:], B[:, step:]), Summary(A[:, :-step], B[:, :-step])
-            joined = back.compose(here)
-            A, B = (
-                torch.cat([old[:, :step], torch.where(_along(reach, new), new, old[:, step:])], dim=1)
-                for old, new in ((A, joined.A), (B, joined.B))
-            )
-        return Summary(A, B)
+
+def _state(states: Tensor | None, which: int, like: Tensor) -> Tensor | None:
+    """One of the states, of the right dtype; None for zero."""
+    return None if states is None else states[:, which].to(like.dtype)
+
+
+def _after(maps: Summary, member: int, state: Tensor | None, out: Tensor | None) -> Tensor:
+    """The state after one of the maps, when `state` is that before it (None for zero); written to `out` if there is one."""
+    A, B = maps.A[:, member], maps.B[:, member]
+    if state is None:
+        return B if out is None else out.copy_(B)
+    if A.dim() == state.dim():
+        after = A @ state + B
+        return after if out is None else out.copy_(after)
+    return torch.addcmul(B, A[(...,) + (None,) * (state.dim() - A.dim())], state, out=out)
 
 
 def _index(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
-
-
-def _along(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.view(1, -1, *([1] * (like.dim() - 2)))

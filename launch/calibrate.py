@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -27,6 +28,8 @@ from lasp.parallel.topology import Topology
 
 #: Bytes of a message that costs its latency, and of one that costs its bandwidth.
 SMALL, LARGE = 64, 2**22
+#: Heads of 128 × 128 of the largest state that is composed, 8 MiB.
+SUMMARY_HEADS = 128
 
 
 @dataclass(frozen=True)
@@ -42,23 +45,38 @@ class Options:
 
 
 def measure_links(group: dist.ProcessGroup, topology: Topology, device: torch.device, calls: int) -> Links:
-    """What links take, the same on all ranks of the group. What there is only one of is left as `Links` has it."""
+    """What links take, the same on all ranks of the group. What there is only one of is left as `Links` has it.
+
+    All pairs of ranks, or of nodes, are at work at once, as they are in an exchange: what they share, they share here.
+    """
     usual = Links()
     nodes = [topology.node_of(topology.nodes.index(node)) for node in range(topology.count)]
     inside, between, cards = usual.inside, usual.between, usual.cards
-    full = next((members for members in nodes if len(members) > 1), None)
-    if full is not None:
-        inside = _link(group, [(full[0], full[1])], device, calls)
+    neighbours = [pair for members in nodes for pair in zip(members[::2], members[1::2], strict=False)]
+    if neighbours:
+        inside = _link(group, neighbours, device, calls)
     if len(nodes) > 1:
-        between = _link(group, [(nodes[0][0], nodes[1][0])], device, calls)
-        sharers = min(len(nodes[0]), len(nodes[1]))
-        together = _link(group, list(zip(nodes[0][:sharers], nodes[1][:sharers], strict=True)), device, calls)
+        facing = list(zip(nodes[::2], nodes[1::2], strict=False))
+        between = _link(group, [(here[0], there[0]) for here, there in facing], device, calls)
+        sharers = min(len(members) for members in nodes)
+        alike = [pair for here, there in facing for pair in zip(here[:sharers], there[:sharers], strict=True)]
+        together = _link(group, alike, device, calls)
         # So many times a card's bandwidth passes when all ranks of a node send at once.
         cards = min(sharers, max(1, round(sharers * together.bandwidth / between.bandwidth)))
-    state = torch.ones(2, 1, 1, 16, 128, 128, device=device)
-    one = Summary(torch.ones(1, 1, 16, device=device), state[0])
-    kernel = _told(group, median(_timed(lambda: one.compose(one), device) for _ in range(calls + 2)), device)
-    return Links(inside, between, cards, kernel)
+    return Links(inside, between, cards, _kernel(group, device, calls))
+
+
+def _kernel(group: dist.ProcessGroup, device: torch.device, calls: int) -> Link:
+    """Of all ranks at once."""
+    seconds = []
+    for heads in (1, SUMMARY_HEADS):
+        one = Summary(torch.ones(1, 1, heads, device=device), torch.ones(1, 1, heads, 128, 128, device=device))
+        times = []
+        for _ in range(calls + 2):
+            dist.barrier(group)
+            times.append(_timed(partial(one.compose, one), device))
+        seconds.append(_told(group, median(times[2:]), device))
+    return _line(seconds, [4 * 128 * 128, 4 * 128 * 128 * SUMMARY_HEADS])
 
 
 def _link(group: dist.ProcessGroup, pairs: list[tuple[int, int]], device: torch.device, calls: int) -> Link:
@@ -82,8 +100,14 @@ def _link(group: dist.ProcessGroup, pairs: list[tuple[int, int]], device: torch.
             times.append((time.perf_counter() - start) / 2)
         mine = median(times[2:]) if any(rank in pair for pair in pairs) else 0.0
         seconds.append(_told(group, mine, device))
-    latency, large = seconds
-    return Link(latency, LARGE / max(large - latency, 1e-9))
+    return _line(seconds, [SMALL, LARGE])
+
+
+def _line(seconds: list[float], sizes: list[int]) -> Link:
+    """Through the times of a small and of a large size."""
+    (small, large), (few, many) = seconds, sizes
+    a_byte = max(large - small, 1e-9) / (many - few)
+    return Link(max(small - few * a_byte, 1e-7), 1 / a_byte)
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:

@@ -8,7 +8,9 @@ the package iproute2 has. Rates are limited with tc's token bucket; latency is t
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,29 +40,33 @@ def problem() -> str | None:
         return f"{', '.join(missing)} not found: install the packages iproute2 and util-linux"
     if os.geteuid() != 0:
         return "network namespaces need root: run it as root, or in a container that is privileged"
-    tried = subprocess.run(["ip", "netns", "add", "lasp-try"], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        return f"this kernel makes no network namespaces here ({tried.stderr.strip()}): run it where it may"
-    _do("ip netns del lasp-try")
+    try:
+        with ExitStack() as undo:
+            _make(undo, f"ip netns add lasp-{os.getpid()}-try", f"ip netns del lasp-{os.getpid()}-try")
+    except RuntimeError as error:
+        return f"this kernel makes no network namespaces here ({error}): run it where it may"
     return None
 
 
 @contextmanager
 def laboratory(options: Options) -> Iterator[list[str]]:
-    """The hosts' namespaces. Their addresses are 10.77.0.1, .2, and so on."""
+    """The hosts' namespaces, for as long as the block runs. Their addresses are 10.77.0.1, .2, and so on.
+
+    Everything is named after this process, so that laboratories do not meet; what one that was killed has left is taken away.
+    """
+    _take_away_what_is_left()
     with ExitStack() as undo:
-        _do("ip link add lasp-bridge type bridge")
-        undo.callback(_do, "ip link del lasp-bridge")
-        _do("ip link set lasp-bridge up")
-        # Bursts of a few milliseconds: a finer clock the kernel does not keep.
-        bucket = f"tbf rate {options.rate} burst {max(2**17, _bytes_a_second(options.rate) // 250)} latency 200ms"
+        bridge = f"lasp{os.getpid()}"
+        _make(undo, f"ip link add {bridge} type bridge", f"ip link del {bridge}")
+        _do(f"ip link set {bridge} up")
+        # A burst of two of the largest packets that the kernel hands over: less of them would be lost.
+        bucket = f"tbf rate {options.rate} burst {2**17} latency 200ms"
         hosts = []
         for i in range(options.hosts):
-            host, outside = f"lasp-{i}", f"lasp-port-{i}"
-            _do(f"ip netns add {host}")
-            undo.callback(_do, f"ip netns del {host}")
+            host, outside = f"lasp-{os.getpid()}-{i}", f"lasp{os.getpid()}p{i}"
+            _make(undo, f"ip netns add {host}", f"ip netns del {host}")
             _do(f"ip link add {outside} type veth peer name {INTERFACE} netns {host}")
-            _do(f"ip link set {outside} master lasp-bridge up")
+            _do(f"ip link set {outside} master {bridge} up")
             _do(f"ip -n {host} addr add 10.77.0.{i + 1}/24 dev {INTERFACE}")
             _do(f"ip -n {host} link set {INTERFACE} up")
             _do(f"ip -n {host} link set lo up")
@@ -72,6 +78,11 @@ def laboratory(options: Options) -> Iterator[list[str]]:
 
 def launch(hosts: list[str], ranks: int, arguments: list[str]) -> int:
     """Run torchrun on all hosts; what the first says is seen, what others say if they fail. Returns the worst exit status."""
+    with ExitStack() as undo:
+        return _launch(hosts, ranks, arguments, undo)
+
+
+def _launch(hosts: list[str], ranks: int, arguments: list[str], undo: ExitStack) -> int:
     environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
     running = []
     for i, host in enumerate(hosts):
@@ -79,8 +90,12 @@ def launch(hosts: list[str], ranks: int, arguments: list[str]) -> int:
         torchrun += ["--nproc-per-node", str(ranks), "--master-addr", "10.77.0.1", "--master-port", "29511", *arguments]
         # Ranks know their node by its name.
         named = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "sh"]
-        output = TemporaryFile("w+") if i else None  # noqa: SIM115 (open until the hosts are done)
-        running.append((subprocess.Popen(named + torchrun, env=environment, stdout=output, stderr=output), output))
+        output = undo.enter_context(TemporaryFile("w+")) if i else None  # noqa: SIM115 (it is entered)
+        process = subprocess.Popen(named + torchrun, env=environment, stdout=output, stderr=output)
+        # Where this process is told to end, its hosts end first: a namespace lives as long as anything in it.
+        undo.callback(process.wait)
+        undo.callback(process.terminate)
+        running.append((process, output))
     worst = 0
     for i, (process, output) in enumerate(running):
         status = process.wait()
@@ -97,17 +112,23 @@ def sent_bytes(host: str) -> int:
     return int(subprocess.run(["ip", "netns", "exec", host, "cat", path], capture_output=True, check=True).stdout)
 
 
+def _take_away_what_is_left() -> None:
+    names = [name for place in ("/run/netns", "/sys/class/net") if os.path.isdir(place) for name in os.listdir(place)]
+    for name in names:
+        found = re.fullmatch(r"lasp-(\d+)-\w+|lasp(\d+)", name)
+        if found is not None and not os.path.exists(f"/proc/{found[1] or found[2]}"):
+            _do(f"ip netns del {name}" if found[1] else f"ip link del {name}")
+
+
+def _make(undo: ExitStack, command: str, undoing: str) -> None:
+    _do(command)
+    undo.callback(_do, undoing)
+
+
 def _do(command: str) -> None:
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip()}")
-
-
-def _bytes_a_second(rate: str) -> int:
-    for unit, factor in (("gbit", 10**9), ("mbit", 10**6), ("kbit", 10**3)):
-        if rate.endswith(unit):
-            return int(float(rate.removesuffix(unit)) * factor / 8)
-    raise ValueError(f"--rate {rate}: expected a number of gbit, mbit or kbit")
 
 
 def main() -> None:
@@ -119,9 +140,13 @@ def main() -> None:
         )
     cut = sys.argv.index("--")
     options = tyro.cli(Options, args=sys.argv[1:cut], description=__doc__)
+    if not re.fullmatch(r"\d+(\.\d+)?[gmk]bit", options.rate):
+        sys.exit(f"--rate {options.rate}: expected a number of gbit, mbit or kbit")
     why_not = problem()
     if why_not is not None:
         sys.exit(f"no laboratory here: {why_not}")
+    for told in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(told, lambda *_: sys.exit("told to end: the hosts were taken down"))
     with laboratory(options) as hosts:
         status = launch(hosts, options.ranks, sys.argv[cut + 1 :])
         print("crossed the links: " + ", ".join(f"{host} {sent_bytes(host) / 2**20:.1f} MiB" for host in hosts))

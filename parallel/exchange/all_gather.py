@@ -12,7 +12,7 @@ from torch import Tensor
 from lasp.kernels import Summary
 from lasp.parallel.collectives import all_gather_rows
 from lasp.parallel.exchange.base import Exchange, Route, Size
-from lasp.parallel.exchange.cost import Step
+from lasp.parallel.exchange.cost import Step, links
 from lasp.parallel.exchange.lane import Peers, Running
 
 
@@ -39,8 +39,9 @@ class AllGather(Exchange):
         near = size.summary * route.slots * (W - 1) // max(1, (W - 1).bit_length())
         return [[(rank, (rank + 1) % W, near) for rank in range(W)]] * (W - 1).bit_length()
 
-    def work(self, route: Route, size: Size) -> int:
-        return 1
+    def seconds(self, route: Route, size: Size) -> float:
+        travel = links().seconds(self.steps(route, size), self.topology, self.sharers)
+        return travel + links().composing(1, size.state * len(route.order))
 
     def _gather(self, runs: Summary, route: Route, group: dist.ProcessGroup | None) -> _Gathered:
         return _Gathered(runs, *all_gather_rows(_padded(runs, route), group), route)

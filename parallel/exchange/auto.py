@@ -55,5 +55,5 @@ class Auto(Exchange):
     def steps(self, route: Route, size: Size) -> Iterable[Step]:
         return self.choose(route, size).steps(route, size)
 
-    def work(self, route: Route, size: Size) -> int:
-        return self.choose(route, size).work(route, size)
+    def seconds(self, route: Route, size: Size) -> float:
+        return self.choose(route, size).seconds(route, size)

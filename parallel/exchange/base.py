@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Chain, Course, Summary
-from lasp.parallel.exchange.cost import Step, links
+from lasp.parallel.exchange.cost import Step
 from lasp.parallel.exchange.lane import Lane, Peers, Running
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.topology import Topology
@@ -132,13 +132,8 @@ class Exchange(ABC):
         """What travels in each step, between which ranks."""
 
     @abstractmethod
-    def work(self, route: Route, size: Size) -> int:
-        """How often a rank composes what it has received, one after the other."""
-
     def seconds(self, route: Route, size: Size) -> float:
         """How long it takes by the model of `lasp.parallel.exchange.cost`."""
-        travel = links().seconds(self.steps(route, size), self.topology, self.sharers)
-        return travel + links().kernel * self.work(route, size)
 
 
 @dataclass

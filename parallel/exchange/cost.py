@@ -1,4 +1,4 @@
-"""What an exchange takes, by the usual model of a link: each step costs a latency and its bytes over the bandwidth.
+"""What an exchange takes, by the usual model: each step costs a latency and its bytes over the bandwidth, each kernel too.
 
 `lasp.launch.calibrate` measures the two for the machine at hand; the environment variable ``LASP_LINKS`` names its JSON.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,12 @@ Step = Sequence[Transfer]
 
 @dataclass(frozen=True)
 class Link:
-    """A way between two ranks: seconds a step, and bytes a second each way."""
+    """What takes a time however little it moves, and a time for each byte: a way between two ranks, or a kernel.
+
+    Attributes:
+        latency: seconds a step.
+        bandwidth: bytes a second; of a way between ranks each way.
+    """
 
     latency: float
     bandwidth: float
@@ -37,13 +41,13 @@ class Links:
         inside: between two ranks of a node.
         between: between ranks of two nodes, through one network card.
         cards: network cards a node; 0 for one a rank.
-        kernel: seconds that it takes to compose what was received.
+        kernel: composes a state with what was received; bytes of states.
     """
 
     inside: Link = Link(8e-6, 150e9)
     between: Link = Link(12e-6, 45e9)
     cards: int = 0
-    kernel: float = 20e-6
+    kernel: Link = Link(20e-6, 1e12)
 
     @classmethod
     def read(cls, path: Path) -> Links:
@@ -55,7 +59,8 @@ class Links:
         try:
             found = json.loads(path.read_text())
             found = found.get("figures", found)
-            return cls(Link(**found["inside"]), Link(**found["between"]), found["cards"], found["kernel"])
+            inside, between, kernel = (Link(**found[name]) for name in ("inside", "between", "kernel"))
+            return cls(inside, between, found["cards"], kernel)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} does not say what links take ({error!r}): make it by lasp.launch.calibrate"
@@ -74,6 +79,10 @@ class Links:
             sharers: so many ranks of each node do the like at once, and share its cards.
         """
         return sum(self._step(step, topology, sharers) for step in steps)
+
+    def composing(self, times: int, size: int) -> float:
+        """How long a rank composes states of `size` bytes in all, so often."""
+        return times * self.kernel.latency + size / self.kernel.bandwidth
 
     def _step(self, step: Step, topology: Topology, sharers: int) -> float:
         inside: Counter[tuple[str, int]] = Counter()
@@ -114,11 +123,3 @@ def links() -> Links:
 def use_links(found: Links) -> None:
     """Go by these from now on. All ranks must be given the same."""
     _in_use[:] = [found]
-
-
-def best_blocks(link: Link, hops: int, size: float, most: int) -> int:
-    """Into how many blocks to cut what goes over so many hops: ``(hops − 1 + K) (latency + size / (K bandwidth))`` is least."""
-    if hops < 2:
-        return 1
-    best = math.sqrt((hops - 1) * size / (link.bandwidth * link.latency))
-    return min(max(1, round(best)), most)

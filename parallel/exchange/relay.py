@@ -7,7 +7,9 @@ bytes each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -15,8 +17,12 @@ from torch import Tensor
 
 from lasp.kernels import Summary, act
 from lasp.parallel.exchange.base import Exchange, Route, Size
-from lasp.parallel.exchange.cost import Link, Step, best_blocks, links
+from lasp.parallel.exchange.cost import Link, Step, links
 from lasp.parallel.exchange.lane import Peers
+from lasp.parallel.topology import Topology
+
+#: Bytes of a message whose latency is of no account.
+_MANY = 2**40
 
 
 class Ring(Exchange):
@@ -38,8 +44,21 @@ class Ring(Exchange):
                 if hops[i][0] != hops[i][1]
             ]
 
-    def work(self, route: Route, size: Size) -> int:
-        return len(route.order) - 2 + self.blocks(route, size)
+    def seconds(self, route: Route, size: Size) -> float:
+        costs, count = self._costs(route), self.blocks(route, size)
+        block = size.state / count
+        return (
+            costs.once.latency
+            + block / costs.once.bandwidth
+            + (count - 1) * (costs.again.latency + block / costs.again.bandwidth)
+        )
+
+    def _costs(self, route: Route) -> _Costs:
+        costs: _Costs = route.cached(
+            ("costs of a relay", self.topology, self.sharers, links()),
+            lambda: _Costs.of(route, self.topology, self.sharers),
+        )
+        return costs
 
     def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
         A, B = runs.A, runs.B
@@ -81,9 +100,39 @@ class Pipelined(Ring):
     name = "pipelined"
 
     def blocks(self, route: Route, size: Size) -> int:
+        return self._costs(route).best_blocks(size)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a block takes by the model. Each hop ends in a kernel.
+
+    Attributes:
+        once: for the first block, over all hops one after the other.
+        again: for each further one, which follows at the distance that the slowest hop keeps, all of them at once.
+    """
+
+    once: Link
+    again: Link
+
+    @classmethod
+    def of(cls, route: Route, topology: Topology, sharers: int) -> _Costs:
         ways = links()
-        link = ways.inside
-        if self.topology.count > 1:
-            share = min(1.0, ways.cards / self.sharers) if ways.cards else 1.0
-            link = Link(ways.between.latency, ways.between.bandwidth * share)
-        return best_blocks(link, len(route.order) - 1, size.state, size.columns)
+        hops = [(here, there) for (here, _), (there, _) in pairwise(route.order) if here != there]
+
+        def link(steps: list[list[tuple[int, int]]], times: int) -> Link:
+            """Of these steps and kernels: a line through what it takes without a byte and with many."""
+            few, many = (
+                ways.seconds([[(*hop, size) for hop in step] for step in steps], topology, sharers)
+                + ways.composing(times, times * size)
+                for size in (0, _MANY)
+            )
+            return Link(few, _MANY / (many - few))
+
+        return cls(link([[hop] for hop in hops], len(route.order) - 1), link([hops], 1))
+
+    def best_blocks(self, size: Size) -> int:
+        """The number of blocks K for which ``once(S / K) + (K − 1) again(S / K)`` is least; no more than a state's columns."""
+        saved = 1 / self.once.bandwidth - 1 / self.again.bandwidth
+        best = math.sqrt(max(0.0, size.state * saved) / max(self.again.latency, 1e-9))
+        return min(max(1, round(best)), size.columns)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lasp.kernels import Summary
 from lasp.parallel.exchange.base import Exchange, Route, Size
-from lasp.parallel.exchange.cost import Step
+from lasp.parallel.exchange.cost import Step, links
 from lasp.parallel.exchange.lane import Peers
 
 
@@ -26,8 +26,10 @@ class Scan(Exchange):
             yield [(source, target, size.summary) for source, target in pairs if source != target]
             reach *= 2
 
-    def work(self, route: Route, size: Size) -> int:
-        return (len(route.order) - 1).bit_length()
+    def seconds(self, route: Route, size: Size) -> float:
+        times = (len(route.order) - 1).bit_length()
+        travel = links().seconds(self.steps(route, size), self.topology, self.sharers)
+        return travel + links().composing(times, times * size.summary)
 
     def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
         mine = {position: run for position, (rank, run) in enumerate(route.order) if rank == route.rank}

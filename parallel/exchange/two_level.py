@@ -19,7 +19,7 @@ from torch import Tensor
 from lasp.kernels import Chain, Course, Summary
 from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.base import Exchange, Route, Size
-from lasp.parallel.exchange.cost import Step
+from lasp.parallel.exchange.cost import Step, links
 from lasp.parallel.exchange.lane import Peers
 from lasp.parallel.topology import Topology
 
@@ -48,21 +48,24 @@ class TwoLevel(Exchange):
         self.outer = outer(Topology(tuple(range(topology.count))), len(topology.node_of(0)))
 
     def steps(self, route: Route, size: Size) -> Iterable[Step]:
-        node, part = self._node_of(route), self._part_of(size)
-        G = len(node.members)
-        nodes = [self.topology.nodes[rank] for rank in self.topology.peers_of(route.rank)]
-        ranks = [self.topology.node_of(self.topology.nodes.index(name)) for name in nodes]
-
-        def inside(bytes_of: Callable[[int, int], int]) -> Step:
-            return [(a, b, bytes_of(a, b) // G) for members in ranks for a in members for b in members if a != b]
-
-        if G > 1:
-            yield inside(lambda sender, _: size.summary * route.runs_per_rank[sender])
+        node, inside, ranks = self._node_of(route), self._inside(route, size), self._ranks(route)
+        yield from inside[:1]
         if len(node.route.order) > 1:
-            for step in self.outer.steps(node.route, part):
-                yield [(ranks[a][i], ranks[b][i], some) for a, b, some in step for i in range(G)]
-        if G > 1:
-            yield inside(lambda _, receiver: size.state * route.runs_per_rank[receiver])
+            for step in self.outer.steps(node.route, self._part_of(size)):
+                yield [(ranks[a][i], ranks[b][i], some) for a, b, some in step for i in range(len(node.members))]
+        yield from inside[1:]
+
+    def _ranks(self, route: Route) -> list[tuple[int, ...]]:
+        """Those of each node, the nodes numbered as in the route between them."""
+        return [self.topology.node_of(peer) for peer in self.topology.peers_of(route.rank)]
+
+    def _inside(self, route: Route, size: Size) -> list[Step]:
+        """The two all-to-alls; none where a node has one rank."""
+        G, held = len(self._node_of(route).members), route.runs_per_rank
+        pairs = [(a, b) for members in self._ranks(route) for a in members for b in members if a != b]
+        there = [(a, b, size.summary * held[a] // G) for a, b in pairs]
+        back = [(a, b, size.state * held[b] // G) for a, b in pairs]
+        return [there, back] if pairs else []
 
     def between(self, route: Route, size: Size) -> Exchange:
         """The exchange between the nodes."""
@@ -70,9 +73,13 @@ class TwoLevel(Exchange):
             return self.outer.choose(self._node_of(route).route, self._part_of(size))
         return self.outer
 
-    def work(self, route: Route, size: Size) -> int:
-        node = self._node_of(route)
-        return 2 + (self.outer.work(node.route, self._part_of(size)) if len(node.route.order) > 1 else 0)
+    def seconds(self, route: Route, size: Size) -> float:
+        node, part = self._node_of(route), self._part_of(size)
+        ways, own = links(), part.state * sum(route.runs_per_rank[rank] for rank in node.members)
+        took = ways.seconds(self._inside(route, size), self.topology) + ways.composing(1, own)
+        if len(node.route.order) == 1:
+            return took
+        return took + ways.composing(1, own) + self.outer.seconds(node.route, part)
 
     def _node_of(self, route: Route) -> _Node:
         node: _Node = route.cached(("node", self.topology.nodes), lambda: _Node.of(route, self.topology))
@@ -96,18 +103,23 @@ class TwoLevel(Exchange):
         # The node's runs, as far as this rank's heads go: those of each member in turn.
         pattern = parts[node.place].of(runs)
         counts = [route.runs_per_rank[rank] for rank in node.members]
-        rows = _all_to_all([part.of(runs).pack() for part in parts], counts, node.place, inside)
+        rows = runs.B.new_empty(sum(counts), pattern.numbers)
+        _swap([part.of(runs).pack() for part in parts], list(rows.split(counts)), node.place, inside)
         here = pattern.unpack(rows)
         entering = None
         if len(node.route.order) > 1:
             alike = Peers(peers.group, tuple(peers.ranks[rank] for rank in self.topology.peers_of(route.rank)))
             entering = self.outer.states(node.course.leaving(here, None), node.route, alike)
         states = node.course.states(here, None, entering).movedim(1, 0).contiguous()
-        # And back: to each member the states of its runs.
-        mine = [part.of(runs).B.movedim(1, 0) for part in parts]
-        came = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in mine]
-        _swap(states.split(counts), came, node.place, inside)
-        return torch.cat([part.movedim(0, 1) for part in came], dim=parts[0].axis).contiguous()
+        # And back: to each member the states of its runs. What is in one piece is received where it belongs.
+        out = torch.empty_like(runs.B, memory_format=torch.contiguous_format)
+        places = [out.narrow(part.axis, part.start, part.length).movedim(1, 0) for part in parts]
+        came = [place if place.is_contiguous() else place.contiguous() for place in places]
+        _swap(list(states.split(counts)), came, node.place, inside)
+        for place, part in zip(places, came, strict=True):
+            if part is not place:
+                place.copy_(part)
+        return out
 
 
 @dataclass(frozen=True)
@@ -174,13 +186,6 @@ def _parts(runs: Summary, count: int) -> list[_Part]:
     axis = 2 if runs.B.shape[2] >= count else 4
     bounds = [runs.B.shape[axis] * i // count for i in range(count + 1)]
     return [_Part(axis, start, end - start) for start, end in pairwise(bounds)]
-
-
-def _all_to_all(parts: Sequence[Tensor], counts: Sequence[int], place: int, peers: Peers) -> Tensor:
-    """A part's rows for each rank; the rows that each rank has for this one, as many as it has runs, in turn."""
-    came = parts[place].new_empty(sum(counts), parts[place].shape[1])
-    _swap(parts, came.split(list(counts)), place, peers)
-    return came
 
 
 def _swap(sent: Sequence[Tensor], received: Sequence[Tensor], place: int, peers: Peers) -> None:
