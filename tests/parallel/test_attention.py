@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lasp import SequenceLayout, SequenceParallel
 from lasp.ops import softmax_attn
+from lasp.parallel.attention import all_gather
 from lasp.parallel.sequence_parallel import SOFTMAX
 from tests.parallel.test_layout import tables
 from tests.references import softmax_attention
@@ -168,3 +169,39 @@ def test_any_table_on_four_ranks(
     worst = torch.tensor(max(errors))
     dist.all_reduce(worst, dist.ReduceOp.MAX, group=sp.group)
     assert worst.item() < 1e-10, errors
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("most", [2, 3, 4])
+def test_head_groups_travel_while_others_compute(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch, name: str, most: int
+) -> None:
+    monkeypatch.setattr(all_gather, "MOST_GROUPS", most)
+    monkeypatch.setattr(all_gather, "LEAST_BYTES", 1)
+    told: list[str] = []
+    for function in ("all_gather_rows", "attend", "attend_backward", "reduce_scatter_rows"):
+        original = getattr(all_gather, function)
+
+        def spy(*args, original=original, function=function):
+            told.append(function)
+            return original(*args)
+
+        monkeypatch.setattr(all_gather, function, spy)
+    x = Inputs(5, torch.float64)
+    whole = [x.normal(1, TOKENS, heads, D) for heads in (2 * H, H, H)]
+    there = [y.clone().requires_grad_() for y in whole]
+    want = softmax_attention(*there)
+    want.sum().backward()
+    sp = SequenceParallel(groups[4], LAYOUTS[name](TOKENS, 4, None), softmax="all-gather")
+    here = [sp.layout.shard(y, sp.rank).requires_grad_() for y in whole]
+    o = softmax_attn(*here, sp=sp)
+    assert told == ["all_gather_rows", *["all_gather_rows", "attend"] * (most - 1), "attend"]
+    told.clear()
+    o.sum().backward()
+    each = ["all_gather_rows", "attend_backward", "reduce_scatter_rows"]
+    assert told == ["all_gather_rows", *each * (most - 1), "attend_backward", "reduce_scatter_rows"]
+    assert relative_error(o, sp.layout.shard(want, sp.rank)) < 1e-12
+    for mine, all_of_it in zip(here, there, strict=True):
+        assert mine.grad is not None
+        assert all_of_it.grad is not None
+        assert relative_error(mine.grad, sp.layout.shard(all_of_it.grad, sp.rank)) < 1e-10
