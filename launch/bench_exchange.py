@@ -22,7 +22,7 @@ from lasp import SequenceLayout
 from lasp.kernels import Summary
 from lasp.launch.calibrate import measure_links
 from lasp.launch.record import record
-from lasp.parallel.exchange import EXCHANGES, Auto, Exchange, Route, TwoLevel, build_exchange
+from lasp.parallel.exchange import EXCHANGES, Route, build_exchange
 from lasp.parallel.exchange.base import Size
 from lasp.parallel.exchange.cost import use_links
 from lasp.parallel.mesh import processes
@@ -127,20 +127,10 @@ def run(options: Options, device: torch.device) -> dict[str, Any]:
                 exchange.seconds(route, size),
                 crossing,
                 float(counted) if options.interface else None,
-                chosen(exchange, route, size),
+                exchange.describe(route, size),
             )
         )
     return {"state_bytes": size.state, "nodes": topology.nodes, "links": found, "exchanges": rows}
-
-
-def chosen(exchange: Exchange, route: Route, size: Size) -> str:
-    """What auto came to."""
-    if isinstance(exchange, Auto):
-        exchange = exchange.choose(route, size)
-        return chosen(exchange, route, size)
-    if isinstance(exchange, TwoLevel):
-        return f"{exchange.name} over {exchange.between(route, size).name}"
-    return exchange.name
 
 
 def _sent(interface: str | None) -> int:

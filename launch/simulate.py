@@ -25,7 +25,7 @@ import torch
 from lasp import SequenceLayout
 from lasp.launch.record import record
 from lasp.models import LinearLlama3, LinearLlama3Config, preset
-from lasp.parallel.exchange import EXCHANGES, Route, TwoLevel, build_exchange
+from lasp.parallel.exchange import EXCHANGES, Route, build_exchange
 from lasp.parallel.exchange.base import Size
 from lasp.parallel.exchange.cost import Link, Links, links, use_links
 from lasp.parallel.topology import Topology
@@ -182,8 +182,7 @@ def exchange(name: str, gpus: int, ways: Links, inputs: Inputs) -> tuple[float, 
     built = build_exchange(name, None, nodes(gpus))
     route = Route.forward(SequenceLayout.contiguous(gpus, gpus), 0)
     with over(ways):
-        outer = built.between(route, inputs.size).name if isinstance(built, TwoLevel) and gpus > NODE else ""
-        return built.seconds(route, inputs.size), outer
+        return built.seconds(route, inputs.size), built.describe(route, inputs.size).partition(" over ")[2]
 
 
 def compute(op: str, tokens: int, inputs: Inputs, tensor: float = 1.0, memory: float = 1.0) -> float:

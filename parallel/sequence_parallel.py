@@ -199,6 +199,12 @@ class SequenceParallel:
         """Whether there are others to settle with."""
         return self._agreement is not None
 
+    def explain(self) -> str:
+        """Why the linear layers' states travel as they do, for people. Auto chooses in the first layer, by their size."""
+        if self.world_size == 1:
+            return "one rank holds the whole sequence: nothing travels"
+        return self.exchange.explain() if self.linear == "states" else f"method {self.method}: no states travel"
+
     def __repr__(self) -> str:
         return (
             f"SequenceParallel(rank {self.rank} of {self.world_size}, {self.method}, {self.local_tokens} tokens here)"

@@ -66,6 +66,8 @@ class Options:
     exchange: str = "auto"
     """How the linear layers' states travel between ranks: auto (the method's own), all-gather, ring, pipelined (ring in
     blocks), scan (by doubling), two-level (inside nodes, then between them)."""
+    explain: bool = False
+    """Tell after the first step why auto chose the exchange that it did."""
     softmax_sp: str = "auto"
     """How the softmax layers' keys and values travel: auto (the method's own), all-gather, ring or ulysses."""
 

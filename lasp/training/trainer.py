@@ -116,11 +116,14 @@ class Trainer:
             )
         metrics = Metrics(options.out, self.done, options.steps) if speaks else None
         unread: list[Tensor] = []
+        first = self.done
         began = time.perf_counter()
         while self.done < options.steps:
             unread.append(self.step())
             if metrics:
                 metrics.bar.update()
+                if options.explain and self.done == first + 1:
+                    metrics.bar.write("one rank a sequence: nothing travels" if self.sp is None else self.sp.explain())
             saves = self.done % options.checkpoint_interval == 0 or self.done == options.steps
             if saves or self.done % options.log_interval == 0:
                 rows = self._rows(unread, began)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lasp.kernels import Summary
 from lasp.parallel.exchange.base import Exchange, Route, Size
-from lasp.parallel.exchange.cost import Step
+from lasp.parallel.exchange.cost import Step, links
 from lasp.parallel.exchange.lane import Peers, Running
 from lasp.parallel.topology import Topology
 
@@ -34,9 +34,22 @@ class Auto(Exchange):
         # The routes are kept, so that their numbers stay theirs.
         self._chosen: dict[tuple[int, Size], tuple[Route, Exchange]] = {}
 
-    def estimates(self, route: Route, size: Size) -> dict[str, float]:
-        """The seconds of each candidate."""
-        return {exchange.name: exchange.seconds(route, size) for exchange in self.candidates}
+    def describe(self, route: Route, size: Size) -> str:
+        return self.choose(route, size).describe(route, size)
+
+    def explain(self) -> str:
+        """What was chosen so far, and how long every candidate takes by the model, and by which links."""
+        told = dict.fromkeys(self._table(route, size) for (_, size), (route, _) in self._chosen.items())
+        return "\n".join([*told, links().explain()]) if told else "exchange auto: nothing has travelled yet"
+
+    def _table(self, route: Route, size: Size) -> str:
+        known = sorted((exchange.seconds(route, size), exchange.describe(route, size)) for exchange in self.candidates)
+        first = (
+            f"exchange auto: {route.world_size} ranks on {self.topology.count} nodes, {len(route.order)} runs, each with "
+            f"{size.state / 2**20:.3g} MiB of states and {size.transition / 2**10:.3g} KiB of decays"
+        )
+        rows = [f"  {name:24} {1000 * seconds:10.3f} ms" for seconds, name in known]
+        return "\n".join([first, rows[0] + "  chosen", *rows[1:]])
 
     def choose(self, route: Route, size: Size) -> Exchange:
         """The one that takes least."""

@@ -131,6 +131,14 @@ class Exchange(ABC):
     def steps(self, route: Route, size: Size) -> Iterable[Step]:
         """What travels in each step, between which ranks."""
 
+    def describe(self, route: Route, size: Size) -> str:
+        """What states of that size travel by, in words."""
+        return self.name
+
+    def explain(self) -> str:
+        """Why the states travel as they do, for people."""
+        return f"exchange {self.name}: as it was asked for"
+
     @abstractmethod
     def seconds(self, route: Route, size: Size) -> float:
         """How long it takes by the model of `lasp.parallel.exchange.cost`."""

@@ -80,6 +80,13 @@ class Links:
         """
         return sum(self._step(step, topology, sharers) for step in steps)
 
+    def explain(self) -> str:
+        """Its figures, for people."""
+        ways = [("inside nodes", self.inside), ("between nodes", self.between), ("a kernel", self.kernel)]
+        told = ", ".join(f"{name} {1e6 * x.latency:.3g} µs + {x.bandwidth / 1e9:.4g} GB/s" for name, x in ways)
+        known = "the defaults" if self == Links() else "measured"
+        return f"by {known}: {told}, {self.cards or 'as many'} network cards a node{'' if self.cards else ' as ranks'}"
+
     def composing(self, times: int, size: int) -> float:
         """How long a rank composes states of `size` bytes in all, so often."""
         return times * self.kernel.latency + size / self.kernel.bandwidth

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Chain, Course, Summary
-from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Step, links
 from lasp.parallel.exchange.lane import Peers
@@ -67,11 +66,11 @@ class TwoLevel(Exchange):
         back = [(a, b, size.state * held[b] // G) for a, b in pairs]
         return [there, back] if pairs else []
 
-    def between(self, route: Route, size: Size) -> Exchange:
-        """The exchange between the nodes."""
-        if isinstance(self.outer, Auto):
-            return self.outer.choose(self._node_of(route).route, self._part_of(size))
-        return self.outer
+    def describe(self, route: Route, size: Size) -> str:
+        between = self._node_of(route).route
+        if len(between.order) == 1:
+            return self.name
+        return f"{self.name} over {self.outer.describe(between, self._part_of(size))}"
 
     def seconds(self, route: Route, size: Size) -> float:
         node, part = self._node_of(route), self._part_of(size)
