@@ -6,7 +6,7 @@ them; exchanges are timed by turns. With ``--interface`` bytes are read off that
 
 from __future__ import annotations
 
-import shlex
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lasp import SequenceLayout
 from lasp.kernels import Summary
 from lasp.launch.calibrate import measure_links
-from lasp.launch.record import record
+from lasp.launch.record import command_of, record
 from lasp.parallel.exchange import EXCHANGES, Route, build_exchange
 from lasp.parallel.exchange.base import Size
 from lasp.parallel.exchange.cost import use_links
@@ -52,6 +52,8 @@ class Options:
     device: str = "auto"
     #: Where the JSON goes.
     result: Path = Path("bench_exchange.json")
+    #: Draw what was measured before, these JSONs side by side, in place of measuring; the plot's path is the result's.
+    draw: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -150,12 +152,37 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: Sequence[Path], path: Path) -> None:
+    """The medians of each result, by exchange."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figures = {result.stem.rpartition("_")[2]: json.loads(result.read_text())["figures"] for result in results}
+    names = [row["exchange"] for row in next(iter(figures.values()))["exchanges"]]
+    chart, axis = plt.subplots(figsize=(1.8 + 1.8 * len(figures), 4))
+    for i, name in enumerate(names):
+        at = [x + (i - len(names) / 2) * 0.8 / len(names) for x in range(len(figures))]
+        rows = [next(row for row in f["exchanges"] if row["exchange"] == name) for f in figures.values()]
+        axis.bar(at, [1000 * row["seconds"] for row in rows], 0.8 / len(names), label=name, align="edge")
+    axis.set(yscale="log", ylabel="milliseconds an exchange", xticks=range(len(figures)), xticklabels=[*figures])
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(ncols=3, fontsize=8)
+    chart.tight_layout()
+    chart.savefig(path, dpi=120)
+    plt.close(chart)
+
+
 def main() -> None:
     import tyro
 
     options = tyro.cli(Options, description=__doc__)
     if options.family not in FAMILIES:
         sys.exit(f"unknown --family {options.family}: expected one of {', '.join(FAMILIES)}")
+    if options.draw:
+        plot(options.draw, options.result.with_suffix(".png"))
+        return
     unknown = [name for name in options.exchanges if name not in (*EXCHANGES, "auto")]
     if unknown:
         sys.exit(f"unknown --exchanges {', '.join(unknown)}: expected some of {', '.join((*EXCHANGES, 'auto'))}")
@@ -163,7 +190,7 @@ def main() -> None:
     with processes(kind) as device:
         figures = run(options, device)
         if dist.get_rank() == 0:
-            record(options.result, "python -m lasp.launch.bench_exchange " + shlex.join(sys.argv[1:]), figures)
+            record(options.result, command_of("lasp.launch.bench_exchange"), figures)
             print(table(figures["exchanges"]), flush=True)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import triton as forms
-from lasp.launch.record import record
+from lasp.launch.record import command_of, record
 from lasp.launch.timing import ceilings, milliseconds
 from lasp.layers.norm import rms_norm
 from lasp.ops import causal_conv1d
@@ -131,7 +130,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if not torch.cuda.is_available():
         sys.exit("bench_fused measures a GPU, and torch finds none here")
-    record(options.result, "python -m lasp.launch.bench_fused " + shlex.join(sys.argv[1:]), run(options))
+    record(options.result, command_of("lasp.launch.bench_fused"), run(options))
 
 
 if __name__ == "__main__":

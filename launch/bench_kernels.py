@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from lasp import SequenceLayout, SequenceParallel
 from lasp.kernels import ChunkedDecay, Tokens
-from lasp.launch.record import record
+from lasp.launch.record import command_of, record
 from lasp.launch.timing import busy, ceilings, fake_group, milliseconds
 from lasp.ops.linear import Pending, gla, lightning_attn, linear_attn, retention, retention_log_decay, simple_gla
 from lasp.parallel import start_linear
@@ -448,7 +447,7 @@ def main() -> None:
     unknown = [name for name in options.ops if name not in OPS]
     if unknown:
         sys.exit(f"unknown --ops {', '.join(unknown)}: expected some of {', '.join(OPS)}")
-    command = "python -m lasp.launch.bench_kernels " + shlex.join(sys.argv[1:])
+    command = command_of("lasp.launch.bench_kernels")
     if options.cold_start:
         record(options.result, command, {"seconds": cold_starts(options.ops)})
         return

@@ -6,8 +6,6 @@ for the trainings there, whose ``exchange="auto"`` goes by it.
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import Summary
-from lasp.launch.record import record
+from lasp.launch.record import command_of, record
 from lasp.parallel.exchange.cost import Link, Links
 from lasp.parallel.exchange.lane import Peers
 from lasp.parallel.mesh import processes
@@ -67,15 +65,14 @@ def measure_links(group: dist.ProcessGroup, topology: Topology, device: torch.de
 
 
 def _kernel(group: dist.ProcessGroup, device: torch.device, calls: int) -> Link:
-    """Of all ranks at once."""
+    """Of one rank, while the others wait: in a chain they do."""
     seconds = []
     for heads in (1, SUMMARY_HEADS):
         one = Summary(torch.ones(1, 1, heads, device=device), torch.ones(1, 1, heads, 128, 128, device=device))
-        times = []
-        for _ in range(calls + 2):
-            dist.barrier(group)
-            times.append(_timed(partial(one.compose, one), device))
-        seconds.append(_told(group, median(times[2:]), device))
+        times = [
+            _timed(partial(one.compose, one), device) for _ in range(calls + 2 if dist.get_rank(group) == 0 else 0)
+        ]
+        seconds.append(_told(group, median(times[2:] or [0.0]), device))
     return _line(seconds, [4 * 128 * 128, 4 * 128 * 128 * SUMMARY_HEADS])
 
 
@@ -140,8 +137,7 @@ def main() -> None:
         topology = Topology.of(group)
         found = measure_links(group, topology, device, options.calls)
         if dist.get_rank() == 0:
-            command = "python -m lasp.launch.calibrate " + shlex.join(sys.argv[1:])
-            record(options.result, command, found)
+            record(options.result, command_of("lasp.launch.calibrate"), found)
             print(f"{topology.count} nodes, {len(topology.nodes)} ranks: {found}\nwritten to {options.result}")
 
 

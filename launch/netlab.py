@@ -1,8 +1,9 @@
 """A laboratory of several hosts on one machine: network namespaces joined by a bridge, each link at a given rate.
 
-``python -m lasp.launch.netlab --hosts 4 --ranks 2 --rate 1gbit -- -m lasp.launch.bench_exchange --interface eth0`` starts
-torchrun on every host, with gloo over the links, and says how many bytes crossed each. It needs root, and ip and tc, which
-the package iproute2 has. Rates are limited with tc's token bucket; latency is the kernel's own.
+``python -m lasp.launch.netlab --hosts 4 --ranks 2 --rates 100mbit 1gbit -- -m lasp.launch.bench_exchange --interface eth0
+--result exchange_{rate}.json`` starts torchrun on every host, with gloo over the links, and says how many bytes crossed each.
+It needs root, and ip and tc, which the package iproute2 has. Rates are limited with tc's token bucket; latency is the kernel's
+own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryFile
 
+from lasp.launch.record import LAUNCHER
+
 INTERFACE = "eth0"
 
 
@@ -29,8 +32,8 @@ class Options:
     hosts: int = 4
     #: Ranks a host.
     ranks: int = 2
-    #: Of each host's link, each way, as tc takes it.
-    rate: str = "1gbit"
+    #: Of each host's link, each way, as tc takes it: one laboratory after the other.
+    rates: tuple[str, ...] = ("1gbit",)
 
 
 def problem() -> str | None:
@@ -49,7 +52,7 @@ def problem() -> str | None:
 
 
 @contextmanager
-def laboratory(options: Options) -> Iterator[list[str]]:
+def laboratory(hosts: int, rate: str) -> Iterator[list[str]]:
     """The hosts' namespaces, for as long as the block runs. Their addresses are 10.77.0.1, .2, and so on.
 
     Everything is named after this process, so that laboratories do not meet; what one that was killed has left is taken away.
@@ -60,34 +63,43 @@ def laboratory(options: Options) -> Iterator[list[str]]:
         _make(undo, f"ip link add {bridge} type bridge", f"ip link del {bridge}")
         _do(f"ip link set {bridge} up")
         # A burst of two of the largest packets that the kernel hands over: less of them would be lost.
-        bucket = f"tbf rate {options.rate} burst {2**17} latency 200ms"
-        hosts = []
-        for i in range(options.hosts):
+        bucket = f"tbf rate {rate} burst {2**17} latency 200ms"
+        names = []
+        for i in range(hosts):
             host, outside = f"lasp-{os.getpid()}-{i}", f"lasp{os.getpid()}p{i}"
             _make(undo, f"ip netns add {host}", f"ip netns del {host}")
-            _do(f"ip link add {outside} type veth peer name {INTERFACE} netns {host}")
+            _make(undo, f"ip link add {outside} type veth peer name {INTERFACE} netns {host}", f"ip link del {outside}")
             _do(f"ip link set {outside} master {bridge} up")
             _do(f"ip -n {host} addr add 10.77.0.{i + 1}/24 dev {INTERFACE}")
             _do(f"ip -n {host} link set {INTERFACE} up")
             _do(f"ip -n {host} link set lo up")
             _do(f"tc -n {host} qdisc add dev {INTERFACE} root {bucket}")
             _do(f"tc qdisc add dev {outside} root {bucket}")
-            hosts.append(host)
-        yield hosts
+            names.append(host)
+        yield names
 
 
-def launch(hosts: list[str], ranks: int, arguments: list[str]) -> int:
+def launch(hosts: list[str], options: Options, rate: str, arguments: list[str]) -> int:
     """Run torchrun on all hosts; what the first says is seen, what others say if they fail. Returns the worst exit status."""
     with ExitStack() as undo:
-        return _launch(hosts, ranks, arguments, undo)
+        return _launch(hosts, options, rate, arguments, undo)
 
 
-def _launch(hosts: list[str], ranks: int, arguments: list[str], undo: ExitStack) -> int:
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
+def _launch(hosts: list[str], options: Options, rate: str, arguments: list[str], undo: ExitStack) -> int:
+    launcher = f"python -m lasp.launch.netlab --hosts {options.hosts} --ranks {options.ranks} --rates {rate} --"
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", LAUNCHER: launcher}
     running = []
     for i, host in enumerate(hosts):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(hosts)), "--node-rank", str(i)]
-        torchrun += ["--nproc-per-node", str(ranks), "--master-addr", "10.77.0.1", "--master-port", "29511", *arguments]
+        torchrun += [
+            "--nproc-per-node",
+            str(options.ranks),
+            "--master-addr",
+            "10.77.0.1",
+            "--master-port",
+            "29511",
+            *arguments,
+        ]
         # Ranks know their node by its name.
         named = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "sh"]
         output = undo.enter_context(TemporaryFile("w+")) if i else None  # noqa: SIM115 (it is entered)
@@ -140,17 +152,21 @@ def main() -> None:
         )
     cut = sys.argv.index("--")
     options = tyro.cli(Options, args=sys.argv[1:cut], description=__doc__)
-    if not re.fullmatch(r"\d+(\.\d+)?[gmk]bit", options.rate):
-        sys.exit(f"--rate {options.rate}: expected a number of gbit, mbit or kbit")
+    for rate in options.rates:
+        if not re.fullmatch(r"\d+(\.\d+)?[gmk]bit", rate):
+            sys.exit(f"--rates {rate}: expected a number of gbit, mbit or kbit")
     why_not = problem()
     if why_not is not None:
         sys.exit(f"no laboratory here: {why_not}")
     for told in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(told, lambda *_: sys.exit("told to end: the hosts were taken down"))
-    with laboratory(options) as hosts:
-        status = launch(hosts, options.ranks, sys.argv[cut + 1 :])
-        print("crossed the links: " + ", ".join(f"{host} {sent_bytes(host) / 2**20:.1f} MiB" for host in hosts))
-    sys.exit(status)
+    worst = 0
+    for rate in options.rates:
+        print(f"{options.hosts} hosts of {options.ranks} ranks, links of {rate}", flush=True)
+        with laboratory(options.hosts, rate) as hosts:
+            worst = max(worst, launch(hosts, options, rate, [x.replace("{rate}", rate) for x in sys.argv[cut + 1 :]]))
+            print("crossed the links: " + ", ".join(f"{host} {sent_bytes(host) / 2**20:.1f} MiB" for host in hosts))
+    sys.exit(worst)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ attentions. It prints how far each run strays from the first, and ends with exit
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from lasp.launch.record import record
+from lasp.launch.record import command_of, record
 from lasp.layers import MIXERS
 from lasp.parallel.mesh import launched_ranks, processes
 from lasp.training import Options, Trainer, errors_in_one_line
@@ -150,11 +149,9 @@ def main() -> None:
                 split.of(replace(parity.run, mixer=mixer))
     with processes(parity.run.device_type()):
         deviations = compare(parity)
-        world = dist.get_world_size()
         if dist.get_rank() == 0:
-            command = " ".join([f"torchrun --nproc-per-node {world} -m lasp.launch.parity", *sys.argv[1:]])
             figures = {"steps": parity.run.steps, "tolerance": parity.tolerance, "deviations": deviations}
-            record(parity.result, command, figures)
+            record(parity.result, command_of("lasp.launch.parity"), figures)
             worst = max(max(d.loss, d.grad_norm) for d in deviations)
             print(f"largest deviation {worst:.1e}, recorded in {parity.result}")
     if not all(d.within(parity.tolerance) for d in deviations):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import sys
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +16,10 @@ import torch
 
 #: Packages whose versions change a figure.
 PACKAGES = ("lasp", "torch", "triton", "numpy", "flash-linear-attention")
+
+
+#: The environment variable by which a launcher other than torchrun says how it was called.
+LAUNCHER = "LASP_LAUNCHER"
 
 
 def record(path: Path, command: str, figures: Any) -> None:
@@ -27,6 +33,17 @@ def record(path: Path, command: str, figures: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"command": command, "hardware": hardware(), "versions": versions(), "figures": figures}
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False, default=_plain) + "\n")
+
+
+def command_of(module: str) -> str:
+    """The command that this process was started by, as a reader types it: with its launcher and its options.
+
+    Args:
+        module: what was run, as ``python -m`` takes it.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = os.environ.get(LAUNCHER) or (f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python")
+    return f"{launcher} -m {module} {shlex.join(sys.argv[1:])}".strip()
 
 
 def _plain(figure: Any) -> dict[str, Any]:

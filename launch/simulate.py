@@ -9,7 +9,6 @@ table: `Inputs` has all of them and says where each is from. Prints tables; writ
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from lasp import SequenceLayout
-from lasp.launch.record import record
+from lasp.launch.record import command_of, record
 from lasp.models import LinearLlama3, LinearLlama3Config, preset
 from lasp.parallel.exchange import EXCHANGES, Route, build_exchange
 from lasp.parallel.exchange.base import Size
@@ -480,7 +479,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"--kernels: {error}")
     figures = simulate(Inputs(kernels))
-    record(options.result, "python -m lasp.launch.simulate " + shlex.join(sys.argv[1:]), figures)
+    record(options.result, command_of("lasp.launch.simulate"), figures)
     plot(figures, options.result.with_suffix(".png"))
     print(report(figures))
     if failures := figures.failures():

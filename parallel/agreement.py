@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long the group's ranks wait for each other."""
+    backend = group._get_backend(torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu"))
+    limit: timedelta = backend.options._timeout
+    return limit
 
 
 class Agreement:
@@ -16,12 +24,12 @@ class Agreement:
 
     Args:
         group: the ranks that must agree.
-        timeout: how long to wait for the others.
+        longest: how long to wait for the others, where the group's own timeout is not shorter.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout: timedelta = timedelta(minutes=5)):
+    def __init__(self, group: dist.ProcessGroup, longest: timedelta = timedelta(minutes=5)):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.timeout = timeout
+        self.timeout = min(longest, _timeout_of(group))
         self.rounds = 0
         ranks = "-".join(map(str, dist.get_process_group_ranks(group)))
         self.store: dist.Store = dist.PrefixStore(f"lasp/{ranks}", dist.distributed_c10d._get_default_store())

@@ -60,6 +60,36 @@ def test_the_figures_are_recorded() -> None:
     assert f"[{_short(max(row['grad_norm'] for row in nccl))}](launch/results/parity_nccl.json)" in README
 
 
+def test_the_exchanges_figures_are_recorded() -> None:
+    text = " ".join(README.split())
+    took = {}
+    for rate in ("10mbit", "30mbit", "100mbit", "1gbit"):
+        figures = json.loads((ROOT / f"launch/results/exchange_{rate}.json").read_text())["figures"]
+        assert figures["state_bytes"] == 2**20
+        assert figures["nodes"] == [0, 0, 1, 1, 2, 2, 3, 3]
+        took[rate] = {row["exchange"]: round(1000 * row["seconds"]) for row in figures["exchanges"]}
+        assert f"(launch/results/exchange_{rate}.json)" in text
+    slow, fast = took["100mbit"], took["1gbit"]
+    assert f"takes {slow['two-level']} ms over links of 100 Mbit/s and the all-gather {slow['all-gather']} (" in text
+    assert f"not the links: {fast['two-level']} and {fast['all-gather']} ms)" in text
+
+
+def test_the_simulated_figures_are_recorded() -> None:
+    figures, text = json.loads((ROOT / "launch/results/simulate.json").read_text())["figures"], " ".join(README.split())
+    misses = {
+        name: [abs(x["miss"]) for x in figures["cells"] if x["table"] == name]
+        for name in ("advantage, %", "exchange, ms")
+    }
+    assert max(misses["advantage, %"]) <= 5
+    assert max(misses["exchange, ms"]) <= 15
+    (row,) = (x["values"] for x in figures["rows"] if x["table"] == "ms, All-Scan's links" and x["gpus"] == 256)
+    assert (
+        f"`two-level` takes {row['two-level']:.2f} ms at 256 GPUs where All-Scan takes {row['pipelined']:.1f}" in text
+    )
+    both, charged = list(figures["faster"].values())[:2]
+    assert f": {both:.0f} times less, or {charged:.1f} times with every kernel" in text
+
+
 def test_the_kernels_figures_are_recorded() -> None:
     figures = json.loads((ROOT / "launch/results/kernels.json").read_text())["figures"]
     times = [row for row in figures["times"] if row["shape"] == "B=1 T=131072 H=16 D=128"]

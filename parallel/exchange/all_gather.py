@@ -13,7 +13,7 @@ from lasp.kernels import Summary
 from lasp.parallel.collectives import all_gather_rows
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Step, links
-from lasp.parallel.exchange.lane import Peers, Running
+from lasp.parallel.exchange.lane import Peers, Running, named_failure
 
 
 class AllGather(Exchange):
@@ -65,5 +65,6 @@ class _Gathered:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            self.work.wait()
+            with named_failure():
+                self.work.wait()
         return self.route.course.states(self.pattern.unpack(self.rows), None, None)

@@ -12,6 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
+
+#: As which torch's profiler shows an exchange.
+SPAN = "lasp exchange"
 
 
 class Running(Protocol):
@@ -111,7 +115,7 @@ def named_failure() -> Iterator[None]:
 
 def _quietly(compute: Callable[[], Tensor]) -> Tensor:
     """A thread begins with gradients recorded."""
-    with torch.no_grad():
+    with torch.no_grad(), record_function(SPAN):
         return compute()
 
 
@@ -126,7 +130,7 @@ class _InThread:
 class _OnStream:
     def __init__(self, compute: Callable[[], Tensor], given: Sequence[Tensor], stream: torch.cuda.Stream):
         stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), record_function(SPAN):
             self._result = compute()
         for x in given:
             x.record_stream(stream)

@@ -23,6 +23,7 @@ from lasp.layers import (
     mixer_type,
     rotate,
 )
+from lasp.parallel.exchange import EXCHANGES
 from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, relative_error, sum_over_ranks
 
 HIDDEN, HEADS = 16, 2
@@ -65,6 +66,32 @@ def test_the_same_on_all_ranks(groups: dict[int, dist.ProcessGroup], name: str, 
                     given[key] = sum_over_ranks(given[key], sp.group)
             expected = {key: sp.layout.shard(y, sp.rank) if key in ("y", "dx") else y for key, y in want.items()}
             assert_close(given, expected, 1e-9)
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("name", MIXERS)
+def test_queries_and_gate_are_projected_while_the_states_travel(
+    groups: dict[int, dist.ProcessGroup], monkeypatch: pytest.MonkeyPatch, name: str, exchange: str
+) -> None:
+    module, told = layer(name), []
+    sp = SequenceParallel(groups[4], SequenceLayout.contiguous(TOKENS, 4), exchange=exchange, nodes=(0, 0, 1, 1))
+    start = sp.exchange.start
+
+    def started(*given):
+        told.append("start")
+        running = start(*given)
+        wait = running.wait
+        monkeypatch.setattr(running, "wait", lambda: (told.append("wait"), wait())[1], raising=False)
+        return running
+
+    monkeypatch.setattr(sp.exchange, "start", started)
+    module.q_proj.register_forward_hook(lambda *_: told.append("queries"))
+    if module.gate_proj is not None:
+        module.gate_proj.register_forward_hook(lambda *_: told.append("gate"))
+    module(torch.ones(1, sp.local_tokens, HIDDEN, dtype=torch.float64), sp=sp)
+    gate = [] if module.gate_proj is None else ["gate"]
+    assert told == ["start", "queries", *gate, "wait"]
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -176,7 +176,7 @@ def test_a_rank_that_does_not_come(groups: Groups) -> None:
 
     from lasp.parallel.agreement import Agreement
 
-    agreement = Agreement(groups[4], timeout=timedelta(seconds=2))
+    agreement = Agreement(groups[4], longest=timedelta(seconds=2))
     rank = dist.get_rank(groups[4])
     if rank != 3:
         with pytest.raises(RuntimeError, match="3 of 4 sequence-parallel ranks came to: step 7"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -328,30 +330,48 @@ def test_other_numbers_of_ranks(ranks: int) -> None:
     mp.spawn(_rank, (ranks, _port(), _check), nprocs=ranks)
 
 
-def _killed(world: int, rank: int) -> None:
-    """Rank 1 dies between a layer's forward and its backward; the others say so, and soon."""
-    for name in EXCHANGES:
-        if name == "all-gather":
-            continue
-        sp = SequenceParallel(dist.group.WORLD, SequenceLayout.contiguous(8 * world, world), exchange=name)
-        q, k, v, g = (torch.ones(1, 8, 1, 4) for _ in range(4))
-        gla(q, k, v, -g, sp=sp)
-    group = dist.new_group(timeout=timedelta(seconds=10))
-    sp = SequenceParallel(group, SequenceLayout.contiguous(8 * world, world), exchange="ring")
-    o = gla(q.requires_grad_(), k, v, -g, sp=sp)[0]
+TIMEOUT = timedelta(seconds=5)
+
+
+def _killed(world: int, rank: int, name: str) -> None:
+    """Rank 1 dies in the middle of an exchange; the others say so, within the group's timeout."""
+    group = dist.new_group(timeout=TIMEOUT)
+    sp = SequenceParallel(group, SequenceLayout.contiguous(8 * world, world), exchange=name, nodes=NODES[4][1])
+    q, k, v, g = (torch.ones(1, 8, 4, 4) for _ in range(4))
+    gla(q, k, v, -g, sp=sp)
     if rank == 1:
-        os._exit(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peers, "transfer", lambda *_: os._exit(0))
+            patch.setattr("lasp.parallel.exchange.all_gather.all_gather_rows", lambda *_: os._exit(0))
+            gla(q, k, v, -g, sp=sp)
+    began = time.monotonic()
 
-    def go_on(o: Tensor) -> None:
-        # The last rank waits for nobody in the backward: it finds out in the next forward.
+    def go_on() -> None:
+        # The first rank of a chain waits for nobody: it finds out in the next call.
         for _ in range(2):
-            o.sum().backward()
-            o = gla(q, k, v, -g, sp=sp)[0]
+            gla(q, k, v, -g, sp=sp)
 
-    with pytest.raises(RuntimeError, match=r"states broke off: a rank has ended|rank 0 of the job, .* has ended"):
-        go_on(o)
+    with pytest.raises(RuntimeError, match=BROKEN):
+        go_on()
+    assert time.monotonic() - began < 2 * TIMEOUT.total_seconds()
+    store = dist.distributed_c10d._get_default_store()
+    store.add("found out", 1)
+    # Rank 0 keeps the store that the others are still told by.
+    while rank == 0 and store.add("found out", 0) < world - 1:
+        time.sleep(0.1)
     os._exit(0)
 
 
-def test_a_killed_rank_ends_the_others() -> None:
-    mp.spawn(_rank, (4, _port(), _killed), nprocs=4)
+BROKEN = (
+    r"exchange of states broke off: a rank has ended|rank 0 of the job, .* has ended"
+    r"|of 4 sequence-parallel ranks came to: gla|all-gather of states broke off"
+)
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_a_killed_rank_ends_the_others(name: str) -> None:
+    mp.spawn(_killed_by, (4, _port(), name), nprocs=4)
+
+
+def _killed_by(rank: int, world: int, port: int, name: str) -> None:
+    _rank(rank, world, port, partial(_killed, name=name))
