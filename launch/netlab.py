@@ -2,8 +2,8 @@
 
 ``python -m lasp.launch.netlab --hosts 4 --ranks 2 --rates 100mbit 1gbit -- -m lasp.launch.bench_exchange --interface eth0
 --result exchange_{rate}.json`` starts torchrun on every host, with gloo over the links, and says how many bytes crossed each.
-It needs root, and ip and tc, which the package iproute2 has. Rates are limited with tc's token bucket; latency is the kernel's
-own.
+It needs root, and ip and tc, which the package iproute2 has. Rates are limited with tc's token bucket, latency is added with
+its netem, where the kernel has that.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Options:
     ranks: int = 2
     #: Of each host's link, each way, as tc takes it: one laboratory after the other.
     rates: tuple[str, ...] = ("1gbit",)
+    #: Added to each link, each way, as tc takes it: 1ms, 50us. Nothing when empty.
+    delay: str = ""
 
 
 def problem() -> str | None:
@@ -52,7 +54,7 @@ def problem() -> str | None:
 
 
 @contextmanager
-def laboratory(hosts: int, rate: str) -> Iterator[list[str]]:
+def laboratory(hosts: int, rate: str, delay: str = "") -> Iterator[list[str]]:
     """The hosts' namespaces, for as long as the block runs. Their addresses are 10.77.0.1, .2, and so on.
 
     Everything is named after this process, so that laboratories do not meet; what one that was killed has left is taken away.
@@ -73,8 +75,10 @@ def laboratory(hosts: int, rate: str) -> Iterator[list[str]]:
             _do(f"ip -n {host} addr add 10.77.0.{i + 1}/24 dev {INTERFACE}")
             _do(f"ip -n {host} link set {INTERFACE} up")
             _do(f"ip -n {host} link set lo up")
-            _do(f"tc -n {host} qdisc add dev {INTERFACE} root {bucket}")
-            _do(f"tc qdisc add dev {outside} root {bucket}")
+            for link in (f"tc -n {host} qdisc add dev {INTERFACE}", f"tc qdisc add dev {outside}"):
+                _do(f"{link} root handle 1: {bucket}")
+                if delay:
+                    _do(f"{link} parent 1:1 netem delay {delay}")
             names.append(host)
         yield names
 
@@ -86,7 +90,8 @@ def launch(hosts: list[str], options: Options, rate: str, arguments: list[str]) 
 
 
 def _launch(hosts: list[str], options: Options, rate: str, arguments: list[str], undo: ExitStack) -> int:
-    launcher = f"python -m lasp.launch.netlab --hosts {options.hosts} --ranks {options.ranks} --rates {rate} --"
+    delay = f" --delay {options.delay}" if options.delay else ""
+    launcher = f"python -m lasp.launch.netlab --hosts {options.hosts} --ranks {options.ranks} --rates {rate}{delay} --"
     environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", LAUNCHER: launcher}
     running = []
     for i, host in enumerate(hosts):
@@ -139,6 +144,8 @@ def _make(undo: ExitStack, command: str, undoing: str) -> None:
 
 def _do(command: str) -> None:
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+    if done.returncode and "netem" in command and "kind is unknown" in done.stderr:
+        raise RuntimeError("this kernel has no netem to add latency with: leave --delay out")
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip()}")
 
@@ -160,13 +167,21 @@ def main() -> None:
         sys.exit(f"no laboratory here: {why_not}")
     for told in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(told, lambda *_: sys.exit("told to end: the hosts were taken down"))
+    try:
+        sys.exit(_run(options, sys.argv[cut + 1 :]))
+    except RuntimeError as error:
+        sys.exit(f"no laboratory here: {error}")
+
+
+def _run(options: Options, arguments: list[str]) -> int:
+    """In one laboratory after the other; the worst exit status."""
     worst = 0
     for rate in options.rates:
         print(f"{options.hosts} hosts of {options.ranks} ranks, links of {rate}", flush=True)
-        with laboratory(options.hosts, rate) as hosts:
-            worst = max(worst, launch(hosts, options, rate, [x.replace("{rate}", rate) for x in sys.argv[cut + 1 :]]))
+        with laboratory(options.hosts, rate, options.delay) as hosts:
+            worst = max(worst, launch(hosts, options, rate, [x.replace("{rate}", rate) for x in arguments]))
             print("crossed the links: " + ", ".join(f"{host} {sent_bytes(host) / 2**20:.1f} MiB" for host in hosts))
-    sys.exit(worst)
+    return worst
 
 
 if __name__ == "__main__":
