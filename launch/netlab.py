@@ -46,10 +46,10 @@ def problem() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces need root: run it as root, or in a container that is privileged"
     try:
-        with ExitStack() as undo:
-            _make(undo, f"ip netns add lasp-{os.getpid()}-try", f"ip netns del lasp-{os.getpid()}-try")
+        with laboratory(1, "1gbit") as (host,):
+            _do(f"ip netns exec {host} unshare --uts hostname {host}")
     except RuntimeError as error:
-        return f"this kernel makes no network namespaces here ({error}): run it where it may"
+        return f"this kernel makes no hosts here ({error}): run it where it may"
     return None
 
 

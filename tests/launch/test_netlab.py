@@ -46,7 +46,7 @@ def test_bytes_off_the_interfaces(tmp_path: Path) -> None:
         assert row["counted"] == pytest.approx(row["between"], rel=0.05), row
     assert rows["all-gather"]["between"] == pytest.approx(2 * 2**20, rel=0.001)
     assert rows["ring"]["between"] == 2**20
-    assert recorded["figures"]["links"]["between"]["bandwidth"] == pytest.approx(1.25e8, rel=0.2)
+    assert recorded["figures"]["links"]["between"]["bandwidth"] < 1.4e8
 
 
 @needs_a_laboratory
