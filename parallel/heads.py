@@ -46,9 +46,14 @@ def all_heads(x: Tensor, sp: SequenceParallel) -> Tensor:
     return gathered
 
 
-def copies_of_keys(heads: int, sp: SequenceParallel) -> int:
-    """How often keys and values of so many heads are sent, so that each rank has those that its queries see."""
-    return 1 if heads % sp.world_size == 0 else sp.world_size // heads
+def keys_to_heads(x: Tensor, sp: SequenceParallel) -> Tensor:
+    """`to_heads` of keys or values ``[B, T_local, Hk, D]`` of grouped queries: each rank gets those that its queries see.
+
+    A head that several ranks need is sent to each of them.
+    """
+    if x.shape[2] % sp.world_size:
+        x = x.repeat_interleave(sp.world_size // x.shape[2], dim=2)
+    return to_heads(x, sp)
 
 
 def check_heads(op: str, heads: int, sp: SequenceParallel, kv_heads: int | None = None) -> None:

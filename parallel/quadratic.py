@@ -72,8 +72,8 @@ def running_sum(x: Tensor, sp: SequenceParallel, reverse: bool = False) -> Tenso
         totals[i] = run[:, 0 if reverse else -1]
     gathered, work = all_gather_rows(totals, sp.group)
     work.wait()
-    places = [rank * slots + i for rank, i in order]
-    before = gathered[places].cumsum(0) - gathered[places]
+    along = gathered[[rank * slots + i for rank, i in order]]
+    before = along.cumsum(0) - along
     return torch.cat(
         [run + before[order.index((sp.rank, i))].unsqueeze(1) for i, run in enumerate(sums)] or [x.double()], dim=1
     )
@@ -108,10 +108,7 @@ class _Tile:
         """1 where a query sees a key and 0 where not ``[Tq, Tk]``; None where all see all."""
         if self.mask.everything:
             return None
-        q, k = ((s.position.to(like.device), s.document.to(like.device)) for s in (self.mask.queries, self.mask.keys))
-        distance = q[0][:, None] - k[0]
-        seen = (q[1][:, None] == k[1]) & (distance >= self.mask.reach.low) & (distance < self.mask.reach.high)
-        return seen.to(like.dtype)
+        return self.mask.seen(like.device).to(like.dtype)
 
     def weights(self, c: tuple[Tensor, Tensor] | None, like: Tensor) -> Tensor | None:
         """M ``[Tq, Tk]``, or with decays ``[B, H, Tq, Tk]``; None where it is 1 everywhere."""
@@ -198,14 +195,14 @@ def _quadratic_backward(
             out = _heads_first(do, tile.queries)
             scores, dscores = (query @ key.mT) * scale, out @ value.mT
             weights = tile.weights((sums[0], far[0]) if sums else None, scores)
-            if weights is not None:
-                scores, dscores = scores * weights, dscores * weights
-            dv[:, tile.keys] += (scores.mT @ out).transpose(1, 2)
+            dscores = dscores if weights is None else dscores * weights
             if sums:
                 # Of C_i − C_j: the product of what it scales and of the gradient of that.
-                dfall = (scores * (out @ value.mT)).to(dq.dtype)
+                dfall = (scores * dscores).to(dq.dtype)
                 dsums[:, tile.queries] += dfall.sum(-1).transpose(1, 2)
                 dfar[:, tile.keys] -= dfall.sum(-2).transpose(1, 2).unsqueeze(-1)
+            scores = scores if weights is None else scores * weights
+            dv[:, tile.keys] += (scores.mT @ out).transpose(1, 2)
             dq[:, tile.queries] += (dscores @ key).transpose(1, 2) * scale
             dk[:, tile.keys] += (dscores.mT @ query).transpose(1, 2) * scale
         home.add(source, share)

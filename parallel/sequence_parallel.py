@@ -140,13 +140,18 @@ class SequenceParallel:
             ]
         )
         self._namesake = self._register()
-        #: The same sequence on one rank that holds all of it: what is computed after heads were dealt out.
-        self.whole = self
+        self._whole: SequenceParallel | None = None
         if self.world_size > 1 and "ulysses" in (self.linear, self.softmax):
             total, documents = layout.total_tokens, layout.cu_seqlens
-            self.whole = layout.cached(
+            self._whole = layout.cached(
                 "whole", lambda: SequenceParallel.single(SequenceLayout.contiguous(total, 1, documents))
             )
+
+    @property
+    def whole(self) -> SequenceParallel:
+        """The same sequence on one rank that holds all of it: what is computed after heads were dealt out."""
+        assert self._whole is not None, "only ulysses deals heads out"
+        return self._whole
 
     @classmethod
     def single(cls, layout: SequenceLayout) -> SequenceParallel:

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from lasp.ops.inputs import CuSeqlens, agree, check_axes, check_tokens, describe, needs_gradient, sequence_of
 from lasp.parallel import SequenceParallel
-from lasp.parallel.attention import Reach, attention
-from lasp.parallel.heads import check_heads
+from lasp.parallel.attention import Reach, attention, check_attention
 
 
 def softmax_attn(
@@ -65,8 +64,7 @@ def softmax_attn(
         if batch != 1 and seq.num_documents > 1:
             raise ValueError(f"softmax_attn: packed documents come in one row: expected batch size 1, given {batch}")
         check_tokens("softmax_attn", tokens, seq)
-        if seq.softmax == "ulysses" and seq.world_size > 1:
-            check_heads("softmax_attn", heads, seq, kv_heads)
+        check_attention("softmax_attn", seq, heads, kv_heads)
 
     agree(
         seq,

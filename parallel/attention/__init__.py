@@ -13,7 +13,7 @@ from lasp.parallel.attention import operators
 from lasp.parallel.attention.local import flex_attention_with_gradients, triangular_attention
 from lasp.parallel.attention.mask import Reach
 from lasp.parallel.attention.ways import ATTENTION, way, whole_mask
-from lasp.parallel.heads import copies_of_keys, to_heads, to_tokens
+from lasp.parallel.heads import check_heads, keys_to_heads, to_heads, to_tokens
 from lasp.parallel.operators import keep
 from lasp.parallel.sequence_parallel import SequenceParallel
 
@@ -21,9 +21,8 @@ from lasp.parallel.sequence_parallel import SequenceParallel
 def attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reach, scale: float) -> Tensor:
     """Attention to the keys of all ranks, the way that `sp` says. Shapes are `lasp.ops.softmax_attn`'s."""
     if sp.softmax == "ulysses" and sp.world_size > 1:
-        copies = copies_of_keys(k.shape[2], sp)
-        k, v = (to_heads(x.repeat_interleave(copies, dim=2), sp) for x in (k, v))
-        return to_tokens(attention(to_heads(q, sp), k, v, sp.whole, reach, scale), sp)
+        q, k, v = to_heads(q, sp), keys_to_heads(k, sp), keys_to_heads(v, sp)
+        return to_tokens(attention(q, k, v, sp.whole, reach, scale), sp)
     if torch.compiler.is_compiling():
         low, high = index(reach.low), index(reach.high)
         if _traced_triangular(keep(sp.name), low, high):
@@ -37,6 +36,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel, reach: Reac
             return flex_attention_with_gradients(q, k, v, mask, scale)
     output: Tensor = _Attention.apply(q, k, v, sp, reach, scale)
     return output
+
+
+def check_attention(op: str, sp: SequenceParallel, heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless so many heads can be shared the way that `sp` says."""
+    if sp.softmax == "ulysses" and sp.world_size > 1:
+        check_heads(op, heads, sp, kv_heads)
 
 
 class _Attention(torch.autograd.Function):
@@ -59,4 +64,4 @@ def _traced_triangular(name: str, low: int, high: int) -> bool:
     return sp.world_size == 1 and whole_mask(sp, Reach(low, high)).triangular
 
 
-__all__ = ["ATTENTION", "Reach", "attention"]
+__all__ = ["ATTENTION", "Reach", "attention", "check_attention"]

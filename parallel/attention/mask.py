@@ -109,12 +109,23 @@ class Mask:
             and bool((self.queries.position.diff() > 0).all())
         )
 
+    def seen(self, device: torch.device) -> Tensor:
+        """Which keys each query sees: bool ``[Tq, Tk]``, made once and kept."""
+        key = ("seen", device)
+        if key not in self._on:
+            (q, q_document), (k, k_document) = (
+                (s.position.to(device), s.document.to(device)) for s in (self.queries, self.keys)
+            )
+            distance = q[:, None] - k
+            near = (distance >= self.reach.low) & (distance < self.reach.high)
+            self._on[key] = (q_document[:, None] == k_document) & near
+        seen: Tensor = self._on[key]
+        return seen
+
     def additive(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """0 where a query sees a key and −∞ where not ``[Tq, Tk]``; and the queries that see no key ``[Tq]``. On the CPU."""
         if dtype not in self._on:
-            q, k = self.queries, self.keys
-            distance = q.position[:, None] - k.position
-            seen = (q.document[:, None] == k.document) & (distance >= self.reach.low) & (distance < self.reach.high)
+            seen = self.seen(torch.device("cpu"))
             bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
             self._on[dtype] = bias, ~seen.any(dim=1)
         bias, blind = self._on[dtype]
