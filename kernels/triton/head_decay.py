@@ -172,8 +172,9 @@ def attend(
 ):
     """o, or with ACROSS, where the state lies in memory as ``[DC, DA]``, dq. Grid: (B · H, segments, blocks of BC columns).
 
-    GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out, to be summed for the gates:
-    nothing on the way there is rounded. EXACT: what a token gives to itself, which is in both, is in neither.
+    GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out, less those of the chunk's keys with
+    what these queries give to their gradients: to be summed for the gates, nothing on the way there is rounded. EXACT: what a
+    token gives to itself, which is in both, is in neither.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -226,8 +227,8 @@ def attend_back(
 ):
     """dv, dk, or both where K = V and nothing is gated. Grid: (roles · blocks of BLOCK columns, B · H, segments).
 
-    GATED: with dk also ``k_dk: [blocks, B, H, T]``, as `attend`'s, and the products of the states that enter the segments with
-    their gradients, ``S_dS: [blocks, B, H, n]``.
+    GATED: with dk also ``k_dk: [blocks, B, H, T]``, the products of k with that part of its gradient which the state's gives (the
+    rest is in `attend`'s), and those of the states that enter the segments with their gradients, ``S_dS: [blocks, B, H, n]``.
     """
     bh = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -350,9 +351,12 @@ def _attend(
         tc = tl.trans(Cs.load([t, block * BC]))
         if GATED:
             tx = Xs.load([t, block * BC])
-            # What the chunk's pairs give is made of products with x: in o, p is rounded.
-            pairs_x = product(Cs.load([t, block * BC]), tl.trans(tx), PRECISION)
-            with_x = tl.sum(tl.trans(tx).to(tl.float32) * o, 0) + tl.sum(p * pairs_x, 0)
+            with_x = tl.sum(tl.trans(tx).to(tl.float32) * o, 0)
+            if not REVERSE:
+                # A pair of tokens gives the same product to q · dq of the one and k · dk of the other. It is made of
+                # products with x: in o, p is rounded.
+                pairs_x = p * product(Cs.load([t, block * BC]), tl.trans(tx), PRECISION)
+                with_x += tl.sum(pairs_x, 0) - tl.sum(pairs_x, 1)
             tl.store(x_out + along + t + rows, with_x * scale, mask=rows < length - t)
             if EXACT:
                 o += tc.to(tl.float32) * itself[None, :]
