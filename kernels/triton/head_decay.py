@@ -227,8 +227,8 @@ def attend_back(
 ):
     """dv, dk, or both where K = V and nothing is gated. Grid: (roles · blocks of BLOCK columns, B · H, segments).
 
-    GATED: with dk also ``k_dk: [blocks, B, H, T]``, the products of k with that part of its gradient which the state's gives (the
-    rest is in `attend`'s), and those of the states that enter the segments with their gradients, ``S_dS: [blocks, B, H, n]``.
+    GATED: with dk also ``k_dk: [blocks, B, H, T]``, the products of k with the part of its gradient that comes from the state's
+    (the rest is in `attend`'s), and those of the states that enter segments with their gradients, ``S_dS: [blocks, B, H, n]``.
     """
     bh = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
