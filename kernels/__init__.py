@@ -2,9 +2,22 @@
 
 from lasp.kernels.chunked import ChunkedDecay
 from lasp.kernels.course import Chain, Course
-from lasp.kernels.forms import elementwise_decay
+from lasp.kernels.delta import ChunkedDelta
+from lasp.kernels.forms import delta_rule, elementwise_decay
 from lasp.kernels.recurrence import Recurrence, Tokens
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary, act
 
-__all__ = ["Chain", "ChunkedDecay", "Course", "Recurrence", "Segments", "Summary", "Tokens", "act", "elementwise_decay"]
+__all__ = [
+    "Chain",
+    "ChunkedDecay",
+    "ChunkedDelta",
+    "Course",
+    "Recurrence",
+    "Segments",
+    "Summary",
+    "Tokens",
+    "act",
+    "delta_rule",
+    "elementwise_decay",
+]

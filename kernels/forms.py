@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lasp.kernels import triton
 from lasp.kernels.chunked import ChunkedDecay
+from lasp.kernels.delta import ChunkedDelta
 from lasp.kernels.recurrence import Recurrence, Tokens
 
 
@@ -14,3 +15,8 @@ def elementwise_decay(tokens: Tokens) -> Recurrence:
 
         return triton_decay(tokens)
     return ChunkedDecay()
+
+
+def delta_rule(_tokens: Tokens) -> Recurrence:
+    """The delta rule for such tokens, whose last gate is beta."""
+    return ChunkedDelta()

@@ -14,6 +14,7 @@ def recurrent(
     k: Tensor,
     v: Tensor,
     g: Tensor | None = None,
+    beta: Tensor | None = None,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
@@ -22,14 +23,16 @@ def recurrent(
 ) -> tuple[Tensor, Tensor]:
     """Linear attention with an optional decay, one token after the other, differentiable, in float64.
 
-    ``S_t = exp(g_t) ⊙ S_{t-1} + k_t v_tᵀ`` and ``o_t = scale · S_tᵀ q_t``; with ``causal=False`` every token reads the
-    state after the last token of its document instead.
+    ``S_t = exp(g_t) ⊙ S_{t-1} + k_t u_tᵀ`` and ``o_t = scale · S_tᵀ q_t``; with ``causal=False`` every token reads the
+    state after the last token of its document instead. Without beta u_t is v_t. With it, by the delta rule, the decayed state
+    is corrected towards giving v_t for k_t: ``u_t = β_t (v_t − (exp(g_t) ⊙ S_{t-1})ᵀ k_t)``.
 
     Args:
-        q: ``[B, T, H, K]``.
-        k: ``[B, T, H, K]``.
+        q: ``[B, T, H, K]``; or with fewer heads, each for as many of v's as there are to one of its.
+        k: likewise.
         v: ``[B, T, H, V]``.
         g: the log-decay: None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``.
+        beta: ``[B, T, H]``, or None.
         scale: ``K ** -0.5`` when None.
         initial_state: ``[B, N, H, K, V]``, one for each document, zero when None.
         cu_seqlens: document boundaries ``0 = c_0 < ... < c_N = T``; one document when None.
@@ -38,8 +41,9 @@ def recurrent(
     Returns:
         ``o: [B, T, H, V]`` and the final states ``[B, N, H, K, V]``, both float64.
     """
-    batch, length, heads, width = q.shape
-    q, k, v = q.double() * (width**-0.5 if scale is None else scale), k.double(), v.double()
+    batch, length, heads, width = *v.shape[:3], q.shape[-1]
+    q, k = (x.double().repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
+    q, v = q * (width**-0.5 if scale is None else scale), v.double()
     decay = torch.ones(1, 1, 1, 1, dtype=torch.float64) if g is None else g.double().exp()
     if decay.dim() == 1:
         decay = decay.view(1, 1, heads, 1)
@@ -56,7 +60,10 @@ def recurrent(
             state = initial_state[:, n].double()
         states = []
         for t in range(start, end):
-            state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+            state, u = decay[:, t, :, :, None] * state, v[:, t]
+            if beta is not None:
+                u = beta[:, t, :, None].double() * (u - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
+            state = state + k[:, t, :, :, None] * u[:, :, None, :]
             states.append(state)
         finals.append(state)
         read = states if causal else [state] * (end - start)

@@ -26,7 +26,7 @@ from lasp import SequenceLayout, SequenceParallel
 from lasp.kernels import ChunkedDecay, Tokens
 from lasp.launch.record import command_of, record
 from lasp.launch.timing import busy, ceilings, fake_group, milliseconds
-from lasp.ops.linear import Pending, gla, lightning_attn, linear_attn, retention, retention_log_decay, simple_gla
+from lasp.ops.linear import gla, lightning_attn, linear_attn, retention, retention_log_decay, simple_gla
 from lasp.parallel import start_linear
 
 Op = Callable[..., Any]
@@ -188,9 +188,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
     """The PyTorch form in float64, itself held to the token-by-token definition by the tests."""
     tokens = Tokens(k, v, () if g is None else (g,))
     sp = SequenceParallel.single(SequenceLayout.contiguous(q.shape[1], 1))
-    pending = start_linear(ChunkedDecay(), tokens, None, sp)
-    widths = (k.shape[-1], v.shape[-1])
-    return Pending("", tokens, sp, pending, widths).finish(q)[0]
+    return start_linear(ChunkedDecay(), tokens, None, sp).finish(q, q.shape[-1] ** -0.5)[0]
 
 
 def errors(name: str, peer: Op | None, strength: float) -> dict[str, dict[str, float]]:

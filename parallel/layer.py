@@ -44,7 +44,13 @@ def start_layer(
 
 
 def check_layer(
-    op: str, sp: SequenceParallel, heads: int, g: Tensor | None = None, states: bool = False, causal: bool = True
+    op: str,
+    sp: SequenceParallel,
+    heads: int,
+    g: Tensor | None = None,
+    states: bool = False,
+    causal: bool = True,
+    corrected: bool = False,
 ) -> None:
     """Raise unless the layer can be computed the way that `sp` says.
 
@@ -55,6 +61,7 @@ def check_layer(
         g: the log-decay.
         states: whether it starts from states that are given, or final ones are asked for.
         causal: whether a token reads the state up to itself.
+        corrected: whether the state is corrected, by the delta rule.
 
     Raises:
         ValueError: naming what to choose instead.
@@ -64,7 +71,9 @@ def check_layer(
     if sp.linear != "ring":
         return
     what = None
-    if g is not None and g.dim() == 4:
+    if corrected:
+        what = "the delta rule"
+    elif g is not None and g.dim() == 4:
         what = "a decay of each key dimension"
     elif g is not None and not causal:
         what = "a decay without the causal mask"

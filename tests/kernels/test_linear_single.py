@@ -13,6 +13,8 @@ from lasp.ops.linear import start
 from tests.support import Inputs, assert_close, poisoned_memory
 
 DECAYS = ("none", "H", "B T H", "B T H K")
+#: Whether the state is corrected, by the delta rule.
+RULES = (False, True)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -30,15 +32,17 @@ def results(fast: bool, tensors: dict[str, Tensor], cotangents: tuple[Tensor, Te
     """Output, final state and every gradient, by the fast form or by the definition."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
-    g, initial = leaves.get("g"), leaves.get("initial_state")
+    g, beta, initial = leaves.get("g"), leaves.get("beta"), leaves.get("initial_state")
     if fast:
-        pending = start(k, v, g, initial_state=initial, cu_seqlens=options["cu_seqlens"], causal=options["causal"])
+        pending = start(
+            k, v, g, beta, initial_state=initial, cu_seqlens=options["cu_seqlens"], causal=options["causal"]
+        )
         o, final = pending.finish(q, output_final_state=True)
         assert final is not None
     else:
         if initial is not None:
             initial = initial.unflatten(0, (k.shape[0], -1))
-        o, final = recurrent(q, k, v, g, initial_state=initial, **options)
+        o, final = recurrent(q, k, v, g, beta, initial_state=initial, **options)
         final = final.flatten(0, 1)
     ((o * cotangents[0]).sum() + (final * cotangents[1]).sum()).backward()
     gradients = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
@@ -54,13 +58,22 @@ def check(
     causal: bool,
     device: str = "cpu",
     cancelling: bool = False,
+    corrected: bool = False,
+    groups: int = 1,
     **sizes: int,
 ) -> None:
-    """`cancelling`: what the tokens give to the gradient of a decay that they share may sum to nothing."""
+    """`cancelling`: what the tokens give to the gradient of a decay that they share may sum to nothing.
+
+    `corrected`: by the delta rule. `groups`: how many heads of the values there are to one of the queries and keys.
+    """
     x = Inputs(0, dtype)
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    tensors = {"q": x.normal(B, T, H, K), "k": x.normal(B, T, H, K), "v": x.normal(B, T, H, V)}
+    tensors = {"q": x.normal(B, T, H // groups, K), "k": x.normal(B, T, H // groups, K), "v": x.normal(B, T, H, V)}
+    if corrected:
+        # Keys of length 1 and beta up to 2: some eigenvalues are negative, none is above 1.
+        tensors["k"] = torch.nn.functional.normalize(tensors["k"], dim=-1)
+        tensors["beta"] = 2 * x.uniform(B, T, H)
     g = log_decay(x, decay, strength, sizes)
     if g is not None:
         tensors["g"] = g
@@ -76,18 +89,25 @@ def check(
         by_token = results(False, tensors | {"g": g.expand(B, T, H)}, cotangents, **options)["dg"]
         # The error is seen beside all that was summed.
         given["dg"], expected["dg"] = (d + by_token.abs().sum((0, 1)) for d in (given["dg"], expected["dg"]))
-    assert_close(given, expected, TOLERANCE[dtype])
+    if corrected:
+        # What a state has forgotten is seen beside what it was.
+        given["dinitial_state"], expected["dinitial_state"] = (
+            x["dinitial_state"].cpu() + cotangents[1] for x in (given, expected)
+        )
+    assert_close(given, expected, TOLERANCE[dtype] * (10 if corrected else 1))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("strength", ["weak", "strong", "mixed"])
 @pytest.mark.parametrize("causal", [True, False], ids=["masked", "unmasked"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_equals_the_definition(decay: str, strength: str, causal: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("corrected", RULES, ids=["sum", "delta"])
+def test_equals_the_definition(decay: str, strength: str, causal: bool, dtype: torch.dtype, corrected: bool) -> None:
     if decay == "none" and strength != "weak":
         return
     for cu_seqlens, batch in ((None, 2), ((0, 1, 66, 140), 1)):
-        check(decay, strength, dtype, cu_seqlens, causal, B=batch, T=140, H=2, K=5, V=7)
+        check(decay, strength, dtype, cu_seqlens, causal, corrected=corrected, B=batch, T=140, H=2, K=5, V=7)
+    check(decay, strength, dtype, None, causal, corrected=corrected, groups=3, B=2, T=70, H=6, K=5, V=3)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -97,28 +117,33 @@ def test_equals_the_definition(decay: str, strength: str, causal: bool, dtype: t
     heads=st.integers(1, 3),
     widths=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     causal=st.booleans(),
+    corrected=st.booleans(),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_lengths_and_widths(
-    decay: str, length: int, cuts: set[int], heads: int, widths: tuple[int, int], causal: bool
+    decay: str, length: int, cuts: set[int], heads: int, widths: tuple[int, int], causal: bool, corrected: bool
 ) -> None:
     cu_seqlens = (0, *sorted(c for c in cuts if c < length), length)
     K, V = widths
-    check(decay, "weak", torch.float64, cu_seqlens, causal, cancelling=True, B=1, T=length, H=heads, K=K, V=V)
+    sizes = {"B": 1, "T": length, "H": heads, "K": K, "V": V}
+    check(decay, "weak", torch.float64, cu_seqlens, causal, cancelling=True, corrected=corrected, **sizes)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-def test_a_changed_future_token_moves_nothing_earlier(decay: str) -> None:
+@pytest.mark.parametrize("corrected", RULES, ids=["sum", "delta"])
+def test_a_changed_future_token_moves_nothing_earlier(decay: str, corrected: bool) -> None:
     T, changed = 140, 77
     x = Inputs(0, torch.float64)
     sizes = {"B": 1, "T": T, "H": 2, "K": 4}
     q, k, v = (x.normal(1, T, 2, 4) for _ in range(3))
     g = log_decay(x, decay, "weak", sizes)
-    before, _ = start(k, v, g).finish(q)
+    beta = x.uniform(1, T, 2) if corrected else None
+    before, _ = start(k, v, g, beta, use_qk_l2norm_in_kernel=True).finish(q)
     k, v, q = (y.index_fill(1, torch.tensor([changed]), 9.0) for y in (k, v, q))
     if g is not None and g.dim() > 1:
         g = g.index_fill(1, torch.tensor([changed]), -3.0)
-    after, _ = start(k, v, g).finish(q)
+    beta = None if beta is None else beta.index_fill(1, torch.tensor([changed]), 1.5)
+    after, _ = start(k, v, g, beta, use_qk_l2norm_in_kernel=True).finish(q)
     assert torch.equal(before[:, :changed], after[:, :changed])
     assert not torch.equal(before[:, changed:], after[:, changed:])
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lasp import SequenceLayout, SequenceParallel
 from lasp.kernels.reference import recurrent
-from lasp.ops.linear import gla, lightning_attn, linear_attn, retention, simple_gla, start
+from lasp.ops import delta_rule, gated_delta_rule, gla, kda, lightning_attn, linear_attn, retention, simple_gla
+from lasp.ops.linear import start
 from tests.support import (
     DOCUMENTS,
     LAYOUTS,
@@ -30,7 +31,12 @@ OPS = {
     "retention": (retention, "H"),
     "simple_gla": (simple_gla, "B T H"),
     "gla": (gla, "B T H K"),
+    "delta_rule": (delta_rule, None),
+    "gated_delta_rule": (gated_delta_rule, "B T H"),
+    "kda": (kda, "B T H K"),
 }
+#: Those that correct the state, by the delta rule.
+CORRECTED = ("delta_rule", "gated_delta_rule", "kda")
 WORLDS = [1, 2, 4]
 Groups = dict[int, dist.ProcessGroup]
 
@@ -50,6 +56,10 @@ def inputs(op: str, documents: str, dtype: torch.dtype, initial: bool) -> dict[s
         if g.dim() > 1:
             g[:, ::7] = -20
         tensors["g"] = g
+    if op in CORRECTED:
+        # Keys of length 1 and beta up to 2: some eigenvalues are negative, none is above 1.
+        tensors["k"] = torch.nn.functional.normalize(tensors["k"], dim=-1)
+        tensors["beta"] = 2 * x.uniform(B, TOKENS, H)
     if initial:
         tensors["initial_state"] = x.normal(N, H, K, V)
     return tensors
@@ -65,6 +75,7 @@ def expected(op: str, documents: str, dtype: torch.dtype, initial: bool, causal:
         leaves["k"],
         leaves["v"],
         leaves.get("g"),
+        leaves.get("beta"),
         initial_state=state,
         cu_seqlens=DOCUMENTS[documents],
         causal=causal,

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp import SequenceLayout, SequenceParallel
-from lasp.ops.linear import gla, linear_attn, retention, simple_gla
+from lasp.ops import delta_rule, gla, linear_attn, retention, simple_gla
 from lasp.parallel import quadratic
 from lasp.parallel.quadratic import running_sum
-from tests.parallel.test_linear import OPS, TOLERANCE, inputs, run
+from tests.parallel.test_linear import CORRECTED, OPS, TOLERANCE, inputs, run
 from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, poisoned_memory, relative_error
 
 WORLDS = [1, 2, 4]
@@ -29,8 +29,8 @@ def test_heads_dealt_out(groups: Groups, name: str, documents: str, dtype: torch
         sp = SequenceParallel(groups[world], layout, method="ulysses")
         for op in OPS:
             for initial in (False, True):
-                # A gradient through all decays is smaller than float32's numbers.
-                for causal in (True, False) if dtype == torch.float64 else (True,):
+                # A gradient through all decays is smaller than float32's numbers, and than what corrections round to.
+                for causal in (True, False) if dtype == torch.float64 and op not in CORRECTED else (True,):
                     with poisoned_memory():
                         given, wanted = run(op, sp, documents, dtype, initial, causal)
                     assert_close(given, wanted, TOLERANCE[dtype])
@@ -111,6 +111,8 @@ def test_what_a_method_does_not_do_is_said_on_every_rank(groups: Groups) -> None
         retention(q, q, q, causal=False, sp=ring)
     with pytest.raises(ValueError, match=r"linear_attn: .*cannot have states: choose the method lasp2"):
         linear_attn(q, q, q, output_final_state=True, sp=ring)
+    with pytest.raises(ValueError, match=r"delta_rule: .*cannot have the delta rule: choose the method lasp2"):
+        delta_rule(q, q, q, q[..., 0], sp=ring)
     q = q[:, :, :3]
     with pytest.raises(
         ValueError, match=r"linear_attn: .*3 heads do not divide among 4 ranks: choose the method lasp2"
