@@ -17,6 +17,10 @@ def elementwise_decay(tokens: Tokens) -> Recurrence:
     return ChunkedDecay()
 
 
-def delta_rule(_tokens: Tokens) -> Recurrence:
-    """The delta rule for such tokens, whose last gate is beta."""
+def delta_rule(tokens: Tokens) -> Recurrence:
+    """The delta rule for such tokens, whose last gate is beta: likewise, but for a decay of each key dimension."""
+    if triton.serves(tokens.k) and all(gate.dim() == 3 for gate in tokens.gates):
+        from lasp.kernels.triton.corrected import TritonDelta
+
+        return TritonDelta.of(tokens)
     return ChunkedDelta()

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp import SequenceLayout, SequenceParallel
-from lasp.kernels import ChunkedDecay, Tokens
+from lasp.kernels import ChunkedDecay, ChunkedDelta, Tokens
 from lasp.launch.record import command_of, record
 from lasp.launch.timing import busy, ceilings, fake_group, milliseconds
-from lasp.ops.linear import gla, lightning_attn, linear_attn, retention, retention_log_decay, simple_gla
+from lasp.ops import delta_rule, gated_delta_rule, gla, lightning_attn, linear_attn, retention, simple_gla
+from lasp.ops.linear import retention_log_decay
 from lasp.parallel import start_linear
 
 Op = Callable[..., Any]
@@ -62,7 +63,9 @@ class Options:
     """What is measured."""
 
     #: Ops, of those in `OPS`.
-    ops: tuple[str, ...] = ("linear_attn", "lightning_attn", "retention", "simple_gla", "gla")
+    ops: tuple[str, ...] = (
+        "linear_attn", "lightning_attn", "retention", "simple_gla", "gla", "delta_rule", "gated_delta_rule",
+    )  # fmt: skip
     #: Shapes as B,T,H,D; those of `SHAPES` when empty.
     shapes: tuple[str, ...] = ()
     #: Ranks of the fake group by which sequence parallelism's local work is measured; 0 leaves it out.
@@ -96,24 +99,35 @@ def by_token(*axes: str) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """An op, its gate, and its peer by name in flash-linear-attention."""
+    """An op, its gates, and its peer by name in flash-linear-attention.
+
+    Attributes:
+        ours: takes q, k, v and the gates that there are.
+        gate: makes the log-decay, if there is one.
+        peer: the module and the function.
+        learnt: whether the gates have gradients.
+        corrected: whether the state is corrected, by the delta rule, as far as a beta says.
+    """
 
     ours: Op
     gate: Callable[..., Tensor] | None
     peer: str
     learnt: bool = False
+    corrected: bool = False
 
-    def floor_bytes(self, shape: Shape, gate: Tensor | None) -> tuple[int, int]:
+    def floor_bytes(self, shape: Shape, gates: Sequence[Tensor | None]) -> tuple[int, int]:
         """The bytes of forward, and of both passes, when inputs are read once in each and outputs written once."""
         tokens = shape.B * shape.T * shape.H * shape.D * 2
-        g = gate.nbytes if gate is not None and gate.dim() > 1 else 0
+        g = sum(gate.nbytes for gate in gates if gate is not None and gate.dim() > 1)
         return 4 * tokens + g, 11 * tokens + 3 * g
 
+    def floor_operations(self, shape: Shape) -> tuple[int, int]:
+        """Operations of forward, and of both passes: the products with a K × V state, two a token forward and four backward.
 
-def floor_operations(shape: Shape) -> tuple[int, int]:
-    """Operations of forward, and of both passes: the products with a K × V state, two a token forward and four backward."""
-    product = 2 * shape.B * shape.T * shape.H * shape.D**2
-    return 2 * product, 6 * product
+        By the delta rule a key's is a third, and backward there are two more.
+        """
+        product = 2 * shape.B * shape.T * shape.H * shape.D**2
+        return (3 * product, 9 * product) if self.corrected else (2 * product, 6 * product)
 
 
 OPS: dict[str, Case] = {
@@ -124,6 +138,14 @@ OPS: dict[str, Case] = {
     "retention": Case(retention, lambda s, d, _strength: retention_log_decay(s.H, d), "retention.chunk_retention"),
     "simple_gla": Case(simple_gla, by_token("B", "T", "H"), "simple_gla.chunk_simple_gla", learnt=True),
     "gla": Case(gla, by_token("B", "T", "H", "K"), "gla.chunk_gla", learnt=True),
+    "delta_rule": Case(delta_rule, None, "delta_rule.chunk_delta_rule", learnt=True, corrected=True),
+    "gated_delta_rule": Case(
+        gated_delta_rule,
+        by_token("B", "T", "H"),
+        "gated_delta_rule.chunk_gated_delta_rule",
+        learnt=True,
+        corrected=True,
+    ),
 }
 
 
@@ -131,6 +153,8 @@ def peer_of(name: str) -> Op | None:
     """flash-linear-attention's op with the signature of ours, or None where it is not installed."""
     try:
         import fla.ops.common.chunk_o
+        import fla.ops.delta_rule
+        import fla.ops.gated_delta_rule
         import fla.ops.gla
         import fla.ops.lightning_attn
         import fla.ops.linear_attn
@@ -143,35 +167,39 @@ def peer_of(name: str) -> Op | None:
     module, function = OPS[name].peer.split(".")
     op = getattr(getattr(fla.ops, module), function)
     if name == "linear_attn":
-        return lambda q, k, v, _g: op(q, k, v, normalize=False)
+        return lambda q, k, v, _g, _beta: op(q, k, v, normalize=False)
     if name == "lightning_attn":
-        return lambda q, k, v, _g: op(q, k, v, layer_idx=0, num_layers=10**9)
+        return lambda q, k, v, _g, _beta: op(q, k, v, layer_idx=0, num_layers=10**9)
     if name == "retention":
-        return lambda q, k, v, _g: op(q, k, v)
-    return lambda q, k, v, g: op(q, k, v, g)
+        return lambda q, k, v, _g, _beta: op(q, k, v)
+    return lambda q, k, v, *gates: op(q, k, v, *(gate for gate in gates if gate is not None))
 
 
 def ours(name: str, sp: SequenceParallel | None = None) -> Op:
     case = OPS[name]
-    return lambda q, k, v, g: case.ours(q, k, v, *([] if g is None else [g]), sp=sp)
+    return lambda q, k, v, *gates: case.ours(q, k, v, *(gate for gate in gates if gate is not None), sp=sp)
 
 
 # -- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 def inputs(name: str, shape: Shape, strength: float, dtype: torch.dtype = torch.bfloat16) -> list[Tensor | None]:
-    """q, k, v, g and do, fresh."""
-    device = torch.device("cuda")
+    """q, k, v, g, beta and do, fresh; by the delta rule queries and keys are of length 1."""
+    device, case = torch.device("cuda"), OPS[name]
     q, k, v, do = (torch.randn(shape.B, shape.T, shape.H, shape.D, device=device, dtype=dtype) for _ in range(4))
-    gate = OPS[name].gate
-    return [q, k, v, None if gate is None else gate(shape, device, strength), do]
+    g = None if case.gate is None else case.gate(shape, device, strength)
+    if not case.corrected:
+        return [q, k, v, g, None, do]
+    beta = torch.rand(shape.B, shape.T, shape.H, device=device).to(dtype)
+    return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta, do]
 
 
 def results(op: Op, tensors: list[Tensor | None], learnt: bool) -> dict[str, Tensor]:
     """The output and every gradient."""
     *leaves, do = tensors
     fresh = [None if x is None else x.detach().clone() for x in leaves]
-    wanted = {name: x for name, x in zip("qkvg", fresh, strict=True) if x is not None and (name != "g" or learnt)}
+    named = {name: x for name, x in zip(("q", "k", "v", "g", "beta"), fresh, strict=True) if x is not None}
+    wanted = {name: x for name, x in named.items() if name in "qkv" or learnt}
     for x in wanted.values():
         x.requires_grad_()
     o = op(*fresh)
@@ -184,11 +212,13 @@ def results(op: Op, tensors: list[Tensor | None], learnt: bool) -> dict[str, Ten
     return found
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Tensor:
     """The PyTorch form in float64, itself held to the token-by-token definition by the tests."""
-    tokens = Tokens(k, v, () if g is None else (g,))
+    tokens = Tokens(k, v, tuple(gate for gate in (g, beta) if gate is not None))
     sp = SequenceParallel.single(SequenceLayout.contiguous(q.shape[1], 1))
-    return start_linear(ChunkedDecay(), tokens, None, sp).finish(q, q.shape[-1] ** -0.5)[0]
+    return start_linear(ChunkedDecay() if beta is None else ChunkedDelta(), tokens, None, sp).finish(
+        q, q.shape[-1] ** -0.5
+    )[0]
 
 
 def errors(name: str, peer: Op | None, strength: float) -> dict[str, dict[str, float]]:
@@ -226,11 +256,10 @@ class Figure:
 def passes(op: Op, tensors: list[Tensor | None], learnt: bool) -> tuple[Callable[[], Tensor], Callable[[], None]]:
     """The forward, and forward and backward, of an op."""
     *leaves, do = tensors
-    q, k, v, g = leaves
-    wanted = [x for x in (q, k, v, g if learnt else None) if x is not None]
+    wanted = [x for x in (leaves if learnt else leaves[:3]) if x is not None]
 
     def forward() -> Tensor:
-        o = op(q, k, v, g)
+        o = op(*leaves)
         return o[0] if isinstance(o, tuple) else o
 
     def both() -> None:
@@ -275,7 +304,7 @@ def measure(ops: dict[str, Op], tensors: list[Tensor | None], learnt: bool, call
     return figures
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, _g: Tensor | None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *_gates: Tensor | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
@@ -377,16 +406,16 @@ def run(options: Options, save: Callable[[dict[str, Any]], None]) -> dict[str, A
             print(f"{'softmax (SDPA)':15} {shape!s:26} {softmax[str(shape)]}", flush=True)
     for name in options.ops:
         case, peer = OPS[name], peer_of(name)
-        for kind, strength in (("weak", 1 / 16), ("strong", 8.0)) if case.learnt else (("", 1.0),):
+        for kind, strength in (("weak", 1 / 16), ("strong", 8.0)) if case.learnt and case.gate else (("", 1.0),):
             found = errors(name, peer, strength)
             accuracy[f"{name} {kind}".strip()] = found
             for who, of in found.items():
                 print(f"{name:15} {kind:6} {who:5} error " + "  ".join(f"{key} {x:.1e}" for key, x in of.items()))
         for shape in shapes:
             tensors = inputs(name, shape, 1 / 16)
-            bytes_forward, bytes_both = case.floor_bytes(shape, tensors[3])
+            bytes_forward, bytes_both = case.floor_bytes(shape, tensors[3:5])
             row = Row(name, str(shape), bytes_forward / copied * 1000, bytes_both / copied * 1000)
-            row.compute_forward, row.compute_both = (x / multiplied * 1000 for x in floor_operations(shape))
+            row.compute_forward, row.compute_both = (x / multiplied * 1000 for x in case.floor_operations(shape))
             sides = {"lasp": ours(name)} if peer is None else {"lasp": ours(name), "fla": peer}
             row.figures = measure(sides, tensors, case.learnt, options.calls)
             rows.append(row)

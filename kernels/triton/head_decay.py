@@ -51,14 +51,14 @@ def cumulate(g, G, bounds, T, H, C: tl.constexpr, BH: tl.constexpr):
 
 
 @triton.jit
-def _sums(G, length, rows, C: tl.constexpr):
+def running_sums(G, length, rows, C: tl.constexpr):
     """The running sums of a chunk, which beyond its end stay what they were, and the last of them."""
     valid = tl.minimum(length, C)
     return tl.load(G + tl.minimum(rows, valid - 1)), tl.load(G + valid - 1)
 
 
 @triton.jit
-def _after(g, position, head, H, valid, rows):
+def sums_after(g, position, head, H, valid, rows):
     """The sum of the log-decays after each token of a chunk, summed as such: a difference of two sums would round."""
     following = tl.load(g + (position + rows + 1) * H + head, mask=rows + 1 < valid, other=0.0)
     return tl.cumsum(following.to(tl.float32) * LOG2E, 0, reverse=True)
@@ -117,13 +117,13 @@ def summarise(
                 within = rate * tl.minimum(rows + 1, valid)
                 whole = rate * valid
             else:
-                within, whole = _sums(G + bh * T + start + t, length - t, rows, C)
+                within, whole = running_sums(G + bh * T + start + t, length - t, rows, C)
             if REVERSE:
                 leave = within
             elif DECAY == CONSTANT:
                 leave = rate * tl.maximum(valid - 1 - rows, 0)
             elif EXACT:
-                leave = _after(g, batch * T + start + t, head, H, valid, rows)
+                leave = sums_after(g, batch * T + start + t, head, H, valid, rows)
             else:
                 leave = whole - within
             tc = (tc * tl.exp2(leave)[:, None]).to(tc.dtype)
@@ -165,12 +165,15 @@ def attend(
     C: tl.constexpr,
     DECAY: tl.constexpr,
     ACROSS: tl.constexpr,
+    STRICT: tl.constexpr,
     EXACT: tl.constexpr,
     GATED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """o, or with ACROSS, where the state lies in memory as ``[DC, DA]``, dq. Grid: (B · H, segments, blocks of BC columns).
+
+    STRICT: of what only the tokens before it give to a token.
 
     GATED: also ``x_out: [blocks, B, H, T]``, the products of x's tokens with theirs of out, less those of the chunk's keys with
     what these queries give to their gradients: to be summed for the gates, nothing on the way there is rounded. EXACT: what a
@@ -188,7 +191,7 @@ def attend(
     x_out += block * tl.num_programs(0).to(tl.int64) * T
     _attend(
         bh, segment, block, start, a, b, c, out, g, G, x, x_out, bounds, scale, T, H,
-        DA, DC, BA, BC, C, DECAY, False, EXACT, GATED, STAGES, PRECISION,
+        DA, DC, BA, BC, C, DECAY, False, STRICT, EXACT, GATED, STAGES, PRECISION,
     )  # fmt: skip
 
 
@@ -260,7 +263,7 @@ def attend_back(
     programs = tl.num_programs(1).to(tl.int64)
     start = _attend(
         bh, segment, block, end, a, b, c, out, g, G, k, k_dk + block * programs * T, bounds, scale, T, H,
-        DA, DC, BA, BLOCK, C, DECAY, True, EXACT, GATED, STAGES, PRECISION,
+        DA, DC, BA, BLOCK, C, DECAY, True, False, EXACT, GATED, STAGES, PRECISION,
     )  # fmt: skip
     if GATED:
         both = tl.load(S + at, mask=mask, other=0.0) * start * scale
@@ -271,7 +274,8 @@ def attend_back(
 def _attend(
     bh, segment, block, S, a, b, c, out, g, G, x, x_out, bounds, scale, T, H,
     DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    REVERSE: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, STRICT: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment and one block of columns, from the state ``S: [BC, BA]`` at its start (REVERSE: its end) to the other's."""
     batch, head = bh // H, bh % H
@@ -286,7 +290,7 @@ def _attend(
     if GATED:
         Xs = tokens_of(x, first, length, H, DC, C, BC)
     rows = tl.arange(0, C)
-    if GATED and EXACT:
+    if STRICT or (GATED and EXACT):
         seen = rows[:, None] > rows[None, :] if REVERSE else rows[:, None] < rows[None, :]
     else:
         seen = rows[:, None] >= rows[None, :] if REVERSE else rows[:, None] <= rows[None, :]
@@ -299,7 +303,7 @@ def _attend(
     if DECAY == BY_TOKEN:
         # Read a chunk ahead: nothing else hides the wait for them.
         begin = last if REVERSE else 0
-        next_within, next_whole = _sums(G + along + begin, length - begin, rows, C)
+        next_within, next_whole = running_sums(G + along + begin, length - begin, rows, C)
     for i in tl.range(0, count, num_stages=STAGES):
         t = (count - 1 - i) * C if REVERSE else i * C
         ta = tl.trans(As.load([t, 0]))
@@ -322,7 +326,7 @@ def _attend(
             else:
                 within, whole = next_within, next_whole
                 following = tl.maximum(t - C, 0) if REVERSE else tl.minimum(t + C, last)
-                next_within, next_whole = _sums(G + along + following, length - following, rows, C)
+                next_within, next_whole = running_sums(G + along + following, length - following, rows, C)
                 if GATED and REVERSE:
                     # They would be spilled.
                     within = tl.load(G + along + t + tl.minimum(rows, valid - 1))
@@ -330,7 +334,7 @@ def _attend(
             if DECAY == CONSTANT:
                 leave = rate * tl.maximum(valid - 1 - rows, 0)
             elif EXACT:
-                leave = _after(g, first // H + t, head, H, valid, rows)
+                leave = sums_after(g, first // H + t, head, H, valid, rows)
             else:
                 leave = whole - within
             if REVERSE:
@@ -358,7 +362,7 @@ def _attend(
                 pairs_x = p * product(Cs.load([t, block * BC]), tl.trans(tx), PRECISION)
                 with_x += tl.sum(pairs_x, 0) - tl.sum(pairs_x, 1)
             tl.store(x_out + along + t + rows, with_x * scale, mask=rows < length - t)
-            if EXACT:
+            if EXACT and not STRICT:
                 o += tc.to(tl.float32) * itself[None, :]
         o = add_product(o, tc, p, PRECISION)
         Os.store([t, block * BC], tl.trans((o * scale).to(out.dtype.element_ty)))

@@ -315,8 +315,8 @@ def _attend(
     tile = (gated_tiles if gated else tiles)(DA, DC, dtype)
     return attend.launch(
         (B * H, n, tile.blocks), scale, T, H, n,
-        DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ACROSS=across, EXACT=_exact(dtype), GATED=gated,
-        STAGES=tile.stages, PRECISION=PRECISION[dtype], warps=tile.warps,
+        DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ACROSS=across, STRICT=False,
+        EXACT=_exact(dtype), GATED=gated, STAGES=tile.stages, PRECISION=PRECISION[dtype], warps=tile.warps,
     )  # fmt: skip
 
 

@@ -85,6 +85,19 @@ def column_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
     return replace(tile, C=max(tile.C // 2, 16), stages=3 if tile.stages > 1 else 1)
 
 
+@cache
+def delta_tiles(DA: int, DC: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of the walks of `delta`. C is the same for all widths: a system is solved for all of them."""
+    BA, BC = padded(DA), padded(DC)
+    if dtype != torch.bfloat16:
+        C, warps, stages, BC = 32, 4, 1, min(BC, 32)
+    elif BA * BC == 128 * 128:
+        C, warps, stages = 64, 8, 3
+    else:
+        C, warps, stages, BC = 64, 4 if BA <= 128 else 8, 2, min(BC, 64)
+    return Tiles(BA, BC, -(-DC // BC), C, warps, stages)
+
+
 def padded(width: int) -> int:
     """The next power of two, at least 16: the least that a product of tiles takes."""
     return max(16, 1 << (width - 1).bit_length())

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from lasp.kernels import ChunkedDecay, Course, Recurrence, Segments, Summary, Tokens
+from lasp.kernels import ChunkedDecay, ChunkedDelta, Course, Recurrence, Segments, Summary, Tokens
 from lasp.ops.linear import start
 from tests.kernels import test_linear_single
 from tests.kernels.test_summary import courses, random_summary
 from tests.support import Inputs, assert_close, poisoned_memory, relative_error
 
 pytest.importorskip("triton")
+from lasp.kernels.triton.corrected import TritonDelta
 from lasp.kernels.triton.recurrences import TritonHeadDecay, TritonKeyDecay
 from lasp.kernels.triton.scan import leaving, states
 
@@ -22,6 +23,8 @@ DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 #: Of the gates' gradients, which are float32 as the gates are: nothing on the way to them is rounded to bfloat16.
 GATES_TOLERANCE = {**TOLERANCE, torch.bfloat16: 2e-3}
+#: By the delta rule.
+DELTA_TOLERANCE = {**TOLERANCE, torch.bfloat16: 3e-2}
 #: The axes of the log-decays.
 DECAYS = {"none": None, "constant": "H", "by token": "B T H", "by key": "B T H K"}
 
@@ -33,9 +36,16 @@ pytestmark = [
 
 
 def results(
-    recurrence: Recurrence, segments: Segments, q: Tensor, tokens: Tokens, do: Tensor, entry: Tensor, exit: Tensor
+    recurrence: Recurrence,
+    names: tuple[str, ...],
+    segments: Segments,
+    q: Tensor,
+    tokens: Tokens,
+    do: Tensor,
+    entry: Tensor,
+    exit: Tensor,
 ) -> dict[str, Tensor]:
-    """Everything that a recurrence computes. Transitions are seen beside 1: strong ones underflow."""
+    """Everything that a recurrence computes, gates' gradients by name. Transitions are seen beside 1: strong ones underflow."""
     scale, gated = 0.3, bool(tokens.gates)
     given = recurrence.prepare(tokens, segments)
     maps = recurrence.summary(given, segments)
@@ -52,13 +62,13 @@ def results(
         "dk": grads.k,
         "dv": grads.v,
     }
-    if gated:
-        found["dg"] = grads.gates[0].sum_to_size(tokens.gates[0].shape)
+    for name, gate, given_gate in zip(names, grads.gates, tokens.gates, strict=True):
+        found[name] = gate.sum_to_size(given_gate.shape)
     return found
 
 
 def check(
-    form: type[TritonHeadDecay] | type[TritonKeyDecay],
+    form: type[TritonHeadDecay] | type[TritonKeyDecay] | type[TritonDelta],
     decay: str,
     dtype: torch.dtype,
     lengths: tuple[int, ...],
@@ -79,23 +89,33 @@ def check(
             # Strong and weak by turns.
             g[:, ::3] *= 1e-3
         gates = (g.to(DEVICE),)
+    names = ("dg",) * len(gates)
+    tolerance = TOLERANCE
+    if form is TritonDelta:
+        # Keys of length 1 and beta up to 2: some eigenvalues are negative, none is above 1. One token corrects nothing.
+        beta = 2 * Inputs(3, torch.float32).uniform(B, T, H)
+        beta[:, 3] = 0
+        k, gates, names = torch.nn.functional.normalize(k, dim=-1), (*gates, beta.to(DEVICE)), (*names, "dbeta")
+        # Corrections are made of one another: with eigenvalues near −1 nothing that was rounded is forgotten.
+        tolerance = DELTA_TOLERANCE
     given_states = Inputs(2, torch.float32)
     entry, exit = (given_states.normal(B, n, H, K, V).to(DEVICE) for _ in range(2))
     longest = max(lengths)
     with poisoned_memory():
-        given = results(form(longest), Segments(lengths, longest), q, Tokens(k, v, gates), do, entry, exit)
+        given = results(form(longest), names, Segments(lengths, longest), q, Tokens(k, v, gates), do, entry, exit)
     wide = [y.double() for y in (q, k, v, do, entry, exit)]
     size = 1 << (longest - 1).bit_length()
     want = results(
-        ChunkedDecay(size),
+        ChunkedDelta(size) if form is TritonDelta else ChunkedDecay(size),
+        names,
         Segments(lengths, size),
         wide[0],
         Tokens(wide[1], wide[2], tuple(g.double() for g in gates)),
         *wide[3:],
     )
-    if gates:
+    if form is not TritonDelta and gates:
         assert relative_error(given.pop("dg"), want.pop("dg")) <= (gates_tolerance or GATES_TOLERANCE[dtype])
-    assert_close(given, want, TOLERANCE[dtype])
+    assert_close(given, want, tolerance[dtype])
 
 
 @pytest.mark.parametrize("decay", ["none", "constant", "by token"])
@@ -130,6 +150,38 @@ def test_widths(K: int, V: int, decay: str) -> None:
 def test_wide_bfloat16(K: int, V: int, decay: str) -> None:
     form = TritonKeyDecay if decay == "by key" else TritonHeadDecay
     check(form, decay, torch.bfloat16, (150,), B=1, H=1, K=K, V=V)
+
+
+@pytest.mark.parametrize("decay", ["none", "by token"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("strength", [0.3, 30])
+def test_delta_rule(decay: str, dtype: torch.dtype, strength: float) -> None:
+    check(TritonDelta, decay, dtype, (70, 1, 23), strength, B=1, H=2, K=16, V=24)
+
+
+@pytest.mark.parametrize(("K", "V"), [(20, 72), (128, 16), (16, 256), (256, 256)])
+def test_delta_rule_widths(K: int, V: int) -> None:
+    check(TritonDelta, "by token", torch.float32, (33,), B=1, H=1, K=K, V=V)
+
+
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (256, 64), (64, 256)])
+@pytest.mark.parametrize("decay", ["none", "by token"])
+def test_delta_rule_wide_bfloat16(K: int, V: int, decay: str) -> None:
+    check(TritonDelta, decay, torch.bfloat16, (150,), B=1, H=1, K=K, V=V)
+
+
+def test_delta_rule_of_keys_all_alike() -> None:
+    """What powers of the chunk's system would make of it is thousands of times the result."""
+    k = torch.nn.functional.normalize(torch.ones(1, 64, 1, 16), dim=-1).to(DEVICE)
+    v, entry = Inputs(0, torch.float32).normal(1, 64, 1, 16).to(DEVICE), torch.zeros(1, 1, 1, 16, 16, device=DEVICE)
+    beta = torch.full((1, 64, 1), 1.99, device=DEVICE)
+    segments = Segments((64,), 64)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        tokens = Tokens(k.to(dtype), v.to(dtype), (beta,))
+        form, want = TritonDelta(64), ChunkedDelta(64)
+        given = form.output(tokens.k, form.prepare(tokens, segments), entry, segments, 1.0)
+        wide = Tokens(tokens.k.double(), tokens.v.double(), (beta.double(),))
+        assert relative_error(given, want.output(wide.k, wide, entry.double(), segments, 1.0)) < tolerance
 
 
 @given(course=courses())
@@ -167,9 +219,13 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("decay", test_linear_single.DECAYS)
 @pytest.mark.parametrize("causal", [True, False], ids=["masked", "unmasked"])
 @pytest.mark.parametrize(("cu_seqlens", "batch"), [(None, 2), ((0, 1, 30, 70), 1)], ids=["one", "packed"])
-def test_the_ops_equal_the_definition(decay: str, causal: bool, cu_seqlens: tuple[int, ...] | None, batch: int) -> None:
-    """Segments composed, documents, initial and final states, padded widths."""
-    test_linear_single.check(decay, "mixed", torch.float32, cu_seqlens, causal, DEVICE, B=batch, T=70, H=2, K=5, V=7)
+@pytest.mark.parametrize("corrected", test_linear_single.RULES, ids=["sum", "delta"])
+def test_the_ops_equal_the_definition(
+    decay: str, causal: bool, cu_seqlens: tuple[int, ...] | None, batch: int, corrected: bool
+) -> None:
+    """Segments composed, documents, initial and final states, padded widths, grouped heads."""
+    sizes = {"B": batch, "T": 70, "H": 2, "K": 5, "V": 7, "groups": 2 if corrected else 1}
+    test_linear_single.check(decay, "mixed", torch.float32, cu_seqlens, causal, DEVICE, corrected=corrected, **sizes)
 
 
 @pytest.mark.usefixtures("everywhere")

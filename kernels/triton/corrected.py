@@ -1,0 +1,280 @@
+"""The delta rule on Triton's kernels: the form for GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.recurrence import Recurrence, Tokens
+from lasp.kernels.segments import Segments
+from lasp.kernels.summary import Summary
+from lasp.kernels.triton import delta, head_decay
+from lasp.kernels.triton.launch import Kernel, Launch, ready
+from lasp.kernels.triton.recurrences import attend, cumulate, gate_gradient
+from lasp.kernels.triton.tiling import Tiles, delta_tiles, gated_tiles, processors, segment_size, tiles
+
+_NONE, _BY_TOKEN = head_decay.NONE.value, head_decay.BY_TOKEN.value
+
+#: A system is solved token by token within blocks of so many, and by products beyond.
+_SOLVED = 8
+
+invert = Kernel(delta.invert)
+correct = Kernel(delta.correct)
+correct_back = Kernel(delta.correct_back)
+key_gradient = Kernel(delta.key_gradient)
+
+
+@dataclass(frozen=True)
+class TritonDelta(Recurrence):
+    """``S_t = (I − β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ`` for bfloat16, float16 and float32.
+
+    The gates are ``beta: [B, T, H]``, and before it g, if there is one: ``[B, T, H]``. Products are of bfloat16, and for the
+    other dtypes, which are computed in float32, of three tf32 parts.
+
+    Args:
+        segment_size: the longest segment, in tokens.
+        width_multiple: of which K and V must be multiples.
+    """
+
+    segment_size: int
+    width_multiple: int = 1
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> TritonDelta:
+        """The recurrence for such tokens, in segments that fill their device."""
+        B, T, H, K = tokens.k.shape
+        tile = delta_tiles(K, tokens.v.shape[-1], _inner(tokens.k.dtype))
+        # Programs wait for one product after the other: a processor has room for several.
+        size = segment_size(B * H * tile.blocks, T, tile.C, 2 * processors(tokens.k.device))
+        return cls(size, 16 // tokens.k.element_size())
+
+    def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
+        k, v = _ready(tokens.k), _ready(tokens.v)
+        B, T, H, K = k.shape
+        tile = delta_tiles(K, v.shape[-1], k.dtype)
+        bounds, (*decay, beta) = segments.bounds(k.device), tokens.gates
+        beta = ready(beta)
+        kind, g, G = _NONE, k, k
+        if decay:
+            kind, g = _BY_TOKEN, ready(decay[0].expand(k.shape[:3]))
+            G = torch.empty(B, H, T, dtype=torch.float32, device=k.device)
+            _cumulate(B, T, H, len(segments), segments.size, tile.C)(g, G, bounds)
+        W = torch.empty(B, T, H, tile.C, dtype=k.dtype, device=k.device)
+        _invert(B, T, H, K, len(segments), segments.size, tile, k.dtype, kind)(k, beta, g, G, W, bounds)
+        return Tokens(k, v, (g, beta, G, W) if decay else (beta, W))
+
+    def summary(self, tokens: Tokens, segments: Segments) -> Summary:
+        maps = _unwritten(tokens, segments)
+        for role in ("summary", "transition"):
+            self._correct(tokens.k, tokens, maps.B, maps.A, (), segments, 1.0, role)
+        return maps
+
+    def output(self, q: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float) -> Tensor:
+        o = torch.empty_like(tokens.v)
+        self._correct(_ready(q), tokens, entry, entry, (o,), segments, scale, "output")
+        return o.to(q.dtype)
+
+    def adjoint_summary(self, q: Tensor, tokens: Tokens, do: Tensor, segments: Segments, scale: float) -> Summary:
+        maps = _unwritten(tokens, segments)
+        q, do = _ready(q), _ready(do)
+        for role in ("summary", "transition"):
+            self._correct_back(q, tokens, do, maps.B, maps.A, (), segments, scale, role)
+        return maps
+
+    def query_gradient(
+        self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # With the corrections, if their factors have a gradient, what they are of.
+        kept = tuple(torch.empty_like(tokens.v) for _ in range(2 if gated else 1))
+        self._correct(tokens.k, tokens, entry, entry, kept, segments, 1.0, "corrections")
+        dq, with_q = self._as_query(_ready(do), kept[0], _ready(q), tokens, entry, segments, scale, gated, False)
+        return dq.to(q.dtype), (*kept, *with_q)
+
+    def token_gradients(
+        self,
+        q: Tensor,
+        tokens: Tokens,
+        entry: Tensor,
+        do: Tensor,
+        exit_gradient: Tensor,
+        segments: Segments,
+        scale: float,
+        gated: bool,
+        kept: tuple[Tensor, ...],
+    ) -> Tokens:
+        given, q, do, k, v = q.dtype, _ready(q), _ready(do), tokens.k, tokens.v
+        B, T, H, K = k.shape
+        V, n, bounds = v.shape[-1], len(segments), segments.bounds(k.device)
+        kind, g, beta, G, _ = _decay(tokens)
+        u = kept[0]
+        dv = torch.empty_like(v)
+        by_block: tuple[Tensor, ...] = ()
+        if gated:
+            blocks = delta_tiles(K, V, k.dtype).blocks
+            by_block = (kept[1], torch.empty(blocks, B, H, T, dtype=torch.float32, device=k.device))
+        self._correct_back(q, tokens, do, exit_gradient, entry, (dv, *by_block), segments, scale, "values")
+        decayed = gated and kind == _BY_TOKEN
+        dk, with_k = self._as_query(dv, u, k, tokens, entry, segments, -1.0, gated, True)
+        k_dk = S_dS = entry
+        if decayed:
+            k_dk = torch.empty(delta_tiles(V, K, k.dtype).blocks, B, H, T, dtype=torch.float32, device=k.device)
+            S_dS = torch.empty(*k_dk.shape[:3], n, dtype=torch.float32, device=k.device)
+        launch = _key_gradient(B, T, H, K, V, n, k.dtype, kind, decayed, scale)
+        launch(q, k, u, do, dv, dk, g, G, exit_gradient, entry, k_dk, S_dS, bounds)
+        gates: tuple[Tensor, ...] = ()
+        if gated:
+            gates = (by_block[1].sum(0).transpose(1, 2).to(beta.dtype),)
+        if decayed:
+            dg = torch.empty_like(g)
+            sums = (kept[2].add_(with_k[0]).sum(0), k_dk.sum(0), S_dS.sum(0))
+            _gate_gradient(B, T, H, n)(dg, *sums, bounds)
+            gates = (dg, *gates)
+        return Tokens(dk.to(given), dv.to(given), gates)
+
+    def _correct(
+        self, q: Tensor, tokens: Tokens, S: Tensor, A: Tensor, out: tuple[Tensor, ...], segments: Segments, scale: float,
+        role: str,
+    ) -> None:  # fmt: skip
+        B, T, H, K = tokens.k.shape
+        kind, g, _, G, W = _decay(tokens)
+        launch = _correct(B, T, H, K, tokens.v.shape[-1], len(segments), q.dtype, kind, role, len(out) > 1, scale)
+        written = (*out, S, S)[:2]
+        launch(q, tokens.k, tokens.v, W, g, G, S, A, *written, segments.bounds(q.device))
+
+    def _correct_back(
+        self, q: Tensor, tokens: Tokens, do: Tensor, dS: Tensor, A: Tensor, out: tuple[Tensor, ...], segments: Segments,
+        scale: float, role: str,
+    ) -> None:  # fmt: skip
+        """`out`: dv, and where the gates' gradients are wanted what values lack, and dbeta."""
+        B, T, H, K = tokens.k.shape
+        kind, g, _, G, W = _decay(tokens)
+        launch = _correct_back(B, T, H, K, tokens.v.shape[-1], len(segments), q.dtype, kind, role, len(out) > 1, scale)
+        dv, lacks, dbeta = (*out, *(do, do, dS)[len(out) :])
+        launch(q, tokens.k, do, W, g, G, dS, A, lacks, dv, dbeta, segments.bounds(q.device))
+
+    def _as_query(
+        self, do: Tensor, u: Tensor, x: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float,
+        gated: bool, strict: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """The gradient of x as a query whose output has the gradient do, and what its decay's gradient needs of it."""
+        B, T, H, K = x.shape
+        kind, g, _, G, _ = _decay(tokens)
+        gated = gated and kind == _BY_TOKEN
+        tile = _attend_tiles(u.shape[-1], K, x.dtype, gated)
+        dx = torch.empty_like(x)
+        kept = (torch.empty(tile.blocks, B, H, T, dtype=torch.float32, device=x.device),) if gated else ()
+        launch = _attend(B, T, H, u.shape[-1], K, len(segments), x.dtype, kind, strict, gated, scale)
+        launch(do, u, tokens.k, dx, g, G, entry, x, *(kept or (entry,)), segments.bounds(x.device))
+        return dx, kept
+
+
+def _inner(dtype: torch.dtype) -> torch.dtype:
+    """In what tokens of a dtype are computed."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def _ready(x: Tensor) -> Tensor:
+    return ready(x.to(_inner(x.dtype)))
+
+
+def _decay(tokens: Tokens) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+    """Of prepared tokens: the kind of decay, g, beta, G and W; k stands for what there is not."""
+    if len(tokens.gates) == 2:
+        beta, W = tokens.gates
+        return _NONE, tokens.k, beta, tokens.k, W
+    g, beta, G, W = tokens.gates
+    return _BY_TOKEN, g, beta, G, W
+
+
+def _unwritten(tokens: Tokens, segments: Segments) -> Summary:
+    B, _, H, K = tokens.k.shape
+    A, S = (
+        torch.empty(B, len(segments), H, K, width, dtype=torch.float32, device=tokens.k.device)
+        for width in (K, tokens.v.shape[-1])
+    )
+    return Summary(A, S)
+
+
+# -- what the launches of the kernels depend on -----------------------------------------------------------------------
+
+
+_once = lru_cache(maxsize=4096)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "tf32x3"
+
+
+@_once
+def _cumulate(B: int, T: int, H: int, n: int, size: int, C: int) -> Launch:
+    BH = 8
+    return cumulate.launch((n, min(64, -(-size // C)), B * -(-H // BH)), T, H, warps=2, C=C, BH=BH)
+
+
+@_once
+def _invert(B: int, T: int, H: int, K: int, n: int, size: int, tile: Tiles, dtype: torch.dtype, kind: int) -> Launch:
+    return invert.launch(
+        (B * H, n, -(-size // tile.C)), T, H,
+        K=K, BK=tile.BA, C=tile.C, SOLVED=_SOLVED, LEVELS=(tile.C // _SOLVED).bit_length() - 1,
+        DECAY=kind, EXACT=dtype == torch.float32, PRECISION=_precision(dtype), warps=4,
+    )  # fmt: skip
+
+
+@_once
+def _correct(
+    B: int, T: int, H: int, K: int, V: int, n: int, dtype: torch.dtype, kind: int, role: str, gated: bool, scale: float
+) -> Launch:  # fmt: skip
+    tile = delta_tiles(K, K if role == "transition" else V, dtype)
+    return correct.launch(
+        (B * H, n, tile.blocks), scale, T, H, n,
+        K=K, V=V, BK=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ROLE=role, GATED=gated, EXACT=dtype == torch.float32,
+        STAGES=tile.stages, PRECISION=_precision(dtype), warps=tile.warps,
+    )  # fmt: skip
+
+
+@_once
+def _correct_back(
+    B: int, T: int, H: int, K: int, V: int, n: int, dtype: torch.dtype, kind: int, role: str, gated: bool, scale: float
+) -> Launch:  # fmt: skip
+    tile = delta_tiles(K, K if role == "transition" else V, dtype)
+    return correct_back.launch(
+        (B * H, n, tile.blocks), scale, 1 / scale, T, H, n,
+        K=K, V=V, BK=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ROLE=role, GATED=gated, EXACT=dtype == torch.float32,
+        STAGES=tile.stages, PRECISION=_precision(dtype), warps=tile.warps,
+    )  # fmt: skip
+
+
+def _attend_tiles(DA: int, DC: int, dtype: torch.dtype, gated: bool) -> Tiles:
+    return replace((gated_tiles if gated else tiles)(DA, DC, dtype), C=delta_tiles(DA, DC, dtype).C)
+
+
+@_once
+def _attend(
+    B: int, T: int, H: int, DA: int, DC: int, n: int, dtype: torch.dtype, kind: int, strict: bool, gated: bool, scale: float
+) -> Launch:  # fmt: skip
+    tile = _attend_tiles(DA, DC, dtype, gated)
+    return attend.launch(
+        (B * H, n, tile.blocks), scale, T, H, n,
+        DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ACROSS=True, STRICT=strict,
+        EXACT=dtype == torch.float32, GATED=gated, STAGES=tile.stages, PRECISION=_precision(dtype), warps=tile.warps,
+    )  # fmt: skip
+
+
+@_once
+def _key_gradient(
+    B: int, T: int, H: int, K: int, V: int, n: int, dtype: torch.dtype, kind: int, gated: bool, scale: float
+) -> Launch:
+    tile = delta_tiles(V, K, dtype)
+    return key_gradient.launch(
+        (B * H, n, tile.blocks), scale, 1 / scale, T, H, n,
+        K=K, V=V, BV=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, GATED=gated, EXACT=dtype == torch.float32,
+        STAGES=min(tile.stages, 2), PRECISION=_precision(dtype), warps=tile.warps,
+    )  # fmt: skip
+
+
+@_once
+def _gate_gradient(B: int, T: int, H: int, n: int) -> Launch:
+    return gate_gradient.launch((B * H, n, 1), T, H, n, 1, DECAY=_BY_TOKEN, BLOCK=4096, warps=8)
