@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,10 +107,9 @@ class Course:
             maps: every map.
             seeds: the states that chains start from ``[B, N, H, K, V]``; zero when None.
         """
-        if maps.A.dim() < 5 and self.longest and triton.serves(maps.B):
-            from lasp.kernels.triton.scan import leaving
-
-            return leaving(self, maps, seeds)
+        scan = _scan(maps)
+        if scan is not None and self.longest:
+            return scan.leaving(self, maps, seeds)
         out = maps.empty(self.runs)
         for run, chain in self._last.items():
             A, B = out.A[:, run], out.B[:, run]
@@ -122,7 +122,7 @@ class Course:
             for member in rest:
                 if chain.seed is None:
                     step = maps.A[:, member]
-                    A.copy_(step @ A if maps.A.dim() == 5 else step * A)
+                    A.copy_(_then(A, step))
                 _after(maps, member, B, B)
         return out
 
@@ -134,10 +134,9 @@ class Course:
             seeds: as above.
             entering: what enters the runs ``[B, runs, H, K, V]``; zero when None.
         """
-        if maps.A.dim() < 5 and self.longest and triton.serves(maps.B):
-            from lasp.kernels.triton.scan import states
-
-            return states(self, maps, seeds, entering)
+        scan = _scan(maps)
+        if scan is not None and self.longest:
+            return scan.states(self, maps, seeds, entering)
         batch, _, *state_shape = maps.B.shape
         out = maps.B.new_empty(batch, self.slots, *state_shape)
         for chain, members in self._wanted:
@@ -153,6 +152,19 @@ class Course:
         return out
 
 
+def _scan(maps: Summary) -> Any:
+    """The module whose kernels compose such maps: its `leaving` and `states` are those of a course."""
+    if not triton.serves(maps.B):
+        return None
+    if maps.A.dim() < 5:
+        from lasp.kernels.triton import scan
+
+        return scan
+    from lasp.kernels.triton import dense_scan
+
+    return dense_scan if maps.A.shape[-1] <= dense_scan.WIDEST else None
+
+
 def _state(states: Tensor | None, which: int, like: Tensor) -> Tensor | None:
     """One of the states, of the right dtype; None for zero."""
     return None if states is None else states[:, which].to(like.dtype)
@@ -164,9 +176,17 @@ def _after(maps: Summary, member: int, state: Tensor | None, out: Tensor | None)
     if state is None:
         return B if out is None else out.copy_(B)
     if A.dim() == state.dim():
-        after = A @ state + B
+        # On a GPU a product of float32 may be of less, by a setting that is not ours.
+        after = (A.double() @ state.double() + B).to(B.dtype) if A.is_cuda else A @ state + B
         return after if out is None else out.copy_(after)
     return torch.addcmul(B, A[(...,) + (None,) * (state.dim() - A.dim())], state, out=out)
+
+
+def _then(A: Tensor, step: Tensor) -> Tensor:
+    """One transition after another."""
+    if A.dim() < 4:
+        return step * A
+    return (step.double() @ A.double()).to(A.dtype) if A.is_cuda else step @ A
 
 
 def _index(values: Sequence[int]) -> Tensor:

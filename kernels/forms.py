@@ -19,7 +19,7 @@ def elementwise_decay(tokens: Tokens) -> Recurrence:
 
 def delta_rule(tokens: Tokens) -> Recurrence:
     """The delta rule for such tokens, whose last gate is beta: likewise, but for a decay of each key dimension."""
-    if triton.serves(tokens.k) and all(gate.dim() == 3 for gate in tokens.gates):
+    if triton.serves(tokens.k) and all(gate.dim() < 4 for gate in tokens.gates):
         from lasp.kernels.triton.corrected import TritonDelta
 
         return TritonDelta.of(tokens)

@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from lasp.kernels import ChunkedDecay, ChunkedDelta, Course, Recurrence, Segments, Summary, Tokens
+from lasp.kernels import Chain, ChunkedDecay, ChunkedDelta, Course, Recurrence, Segments, Summary, Tokens
 from lasp.ops.linear import start
 from tests.kernels import test_linear_single
-from tests.kernels.test_summary import courses, random_summary
+from tests.kernels.test_summary import FAMILIES, courses, random_summary
 from tests.support import Inputs, assert_close, poisoned_memory, relative_error
 
 pytest.importorskip("triton")
+from lasp.kernels.triton import dense_scan, scan
 from lasp.kernels.triton.corrected import TritonDelta
 from lasp.kernels.triton.recurrences import TritonHeadDecay, TritonKeyDecay
-from lasp.kernels.triton.scan import leaving, states
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 #: Of the gates' gradients, which are float32 as the gates are: nothing on the way to them is rounded to bfloat16.
 GATES_TOLERANCE = {**TOLERANCE, torch.bfloat16: 2e-3}
 #: By the delta rule.
-DELTA_TOLERANCE = {**TOLERANCE, torch.bfloat16: 3e-2}
+DELTA_TOLERANCE = {**TOLERANCE, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 #: The axes of the log-decays.
 DECAYS = {"none": None, "constant": "H", "by token": "B T H", "by key": "B T H K"}
 
@@ -176,7 +176,7 @@ def test_delta_rule_of_keys_all_alike() -> None:
     v, entry = Inputs(0, torch.float32).normal(1, 64, 1, 16).to(DEVICE), torch.zeros(1, 1, 1, 16, 16, device=DEVICE)
     beta = torch.full((1, 64, 1), 1.99, device=DEVICE)
     segments = Segments((64,), 64)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
         tokens = Tokens(k.to(dtype), v.to(dtype), (beta,))
         form, want = TritonDelta(64), ChunkedDelta(64)
         given = form.output(tokens.k, form.prepare(tokens, segments), entry, segments, 1.0)
@@ -186,27 +186,45 @@ def test_delta_rule_of_keys_all_alike() -> None:
 
 @given(course=courses())
 @settings(max_examples=20, deadline=None)
-@pytest.mark.parametrize("family", ["identity", "scalar", "diagonal"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seeded", [True, False])
 def test_courses(family: str, seeded: bool, course: tuple) -> None:
     chains, runs, wanted = course
     maps = random_summary(family, sum(len(chain.members) for chain in chains), dtype=torch.float32)
     maps = Summary(maps.A.to(DEVICE), maps.B.to(DEVICE))
     seeds = Inputs(1, torch.float32).normal(maps.B.shape[0], 3, *maps.B.shape[2:]).to(DEVICE) if seeded else None
-    built = Course(chains, runs, wanted)
+    built, form = Course(chains, runs, wanted), dense_scan if family == "dense" else scan
     host = Summary(maps.A.double().cpu(), maps.B.double().cpu())
     wide = None if seeds is None else seeds.double().cpu()
     entering = Inputs(2, torch.float32).normal(maps.B.shape[0], runs, *maps.B.shape[2:])
     with poisoned_memory():
-        ours = leaving(built, maps, seeds)
-        entered = states(built, maps, seeds, entering.to(DEVICE))
-        from_nothing = states(built, maps, seeds, None)
+        ours = form.leaving(built, maps, seeds)
+        entered = form.states(built, maps, seeds, entering.to(DEVICE))
+        from_nothing = form.states(built, maps, seeds, None)
     theirs = built.leaving(host, wide)
     assert relative_error(ours.A, theirs.A) < 1e-6
     assert relative_error(ours.B, theirs.B) < 1e-6
     assert relative_error(ours.pack(), theirs.pack()) < 1e-6
     assert relative_error(entered, built.states(host, wide, entering.double())) < 1e-6
     assert relative_error(from_nothing, built.states(host, wide, None)) < 1e-6
+
+
+def test_a_long_chain_of_dense_maps_loses_nothing() -> None:
+    """256 transitions with eigenvalues between −1 and 1, as of keys of length 1 and beta up to 2."""
+    x, n, K = Inputs(0, torch.float64), 256, 32
+    k = torch.nn.functional.normalize(x.normal(1, n, 2, K), dim=-1)
+    A = torch.eye(K, dtype=torch.float64) - (2 * x.uniform(1, n, 2, 1, 1)) * k.unsqueeze(-1) * k.unsqueeze(-2)
+    maps = Summary(A, x.normal(1, n, 2, K, 16))
+    course = Course([Chain(tuple(range(n)))], 1)
+    narrow = Summary(maps.A.float().to(DEVICE), maps.B.float().to(DEVICE))
+    want, entering = course.leaving(maps, None), x.normal(1, 1, 2, K, 16)
+    given = dense_scan.leaving(course, narrow, None)
+    assert relative_error(given.A, want.A) < 1e-5
+    assert relative_error(given.B, want.B) < 1e-5
+    states = dense_scan.states(course, narrow, None, entering.float().to(DEVICE))
+    assert relative_error(states, course.states(maps, None, entering)) < 1e-5
+    on_cpu = course.leaving(Summary(maps.A.float(), maps.B.float()), None)
+    assert relative_error(on_cpu.B, want.B) < 1e-5
 
 
 @pytest.fixture
