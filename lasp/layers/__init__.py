@@ -1,6 +1,7 @@
 """Token mixers, each an `nn.Module` from ``[B, T, hidden]`` to ``[B, T, hidden]``, and their parts."""
 
 from lasp.layers.convolution import ShortConvolution
+from lasp.layers.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from lasp.layers.features import FEATURE_MAPS, feature_map
 from lasp.layers.linear import (
     HGRN2,
@@ -12,8 +13,10 @@ from lasp.layers.linear import (
     SimpleGLA,
     mixer_type,
 )
+from lasp.layers.mamba import Mamba2
 from lasp.layers.mixer import LinearMixer
-from lasp.layers.norm import GatedRMSNorm, RMSNorm
+from lasp.layers.norm import GatedRMSNorm, GateFirstRMSNorm, RMSNorm
+from lasp.layers.passage import MixerState
 from lasp.layers.rotary import rotate
 from lasp.layers.softmax import SoftmaxAttention
 
@@ -22,10 +25,16 @@ __all__ = [
     "HGRN2",
     "MIXERS",
     "BasicLinearAttention",
+    "DeltaNet",
+    "GateFirstRMSNorm",
+    "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedRMSNorm",
+    "KimiDeltaAttention",
     "LightningAttention",
     "LinearMixer",
+    "Mamba2",
+    "MixerState",
     "RMSNorm",
     "Retention",
     "ShortConvolution",

@@ -17,13 +17,16 @@ class ShortConvolution(nn.Module):
         channels: D.
         size: how many tokens it spans, the current one included.
         activation: what follows it, ``"silu"`` or None.
+        bias: whether a learnt number is added to each channel, before the activation.
     """
 
-    def __init__(self, channels: int, size: int = 4, activation: str | None = "silu"):
+    def __init__(self, channels: int, size: int = 4, activation: str | None = "silu", bias: bool = False):
         super().__init__()
         self.activation = activation
-        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-(size**-0.5), size**-0.5))
+        bound = size**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if bias else None
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """x: ``[B, T, D]``."""
-        return causal_conv1d(x, self.weight, activation=self.activation, cu_seqlens=cu_seqlens, sp=sp)
+        return causal_conv1d(x, self.weight, self.bias, self.activation, cu_seqlens, sp)

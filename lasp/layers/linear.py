@@ -1,4 +1,4 @@
-"""The linear mixers. Each says only what it does differently from `LinearMixer`; `MIXERS` has their names."""
+"""The linear mixers that add to their state. Each says only what it does differently from `LinearMixer`; `MIXERS` names all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
+from lasp.layers.mamba import Mamba2
 from lasp.layers.mixer import LinearMixer, constant
 from lasp.layers.norm import at_least_float32
+from lasp.layers.passage import Passage
 from lasp.ops.linear import lightning_log_decay, retention_log_decay
-from lasp.parallel import SequenceParallel
 
 #: GLA's temperature of the gates: decays start near 1.
 GATE_TEMPERATURE = 16
@@ -74,10 +76,8 @@ class GatedLinearAttention(LinearMixer):
     op = "gla"
 
     def build_decay(self, hidden: int) -> None:
-        # The decay is on the features, which Taylor's map makes more of than there are keys.
-        features = self.feature_map(torch.zeros(self.key_width)).shape[-1]
         self.decay_proj = nn.Sequential(
-            nn.Linear(hidden, GATE_RANK, bias=False), nn.Linear(GATE_RANK, self.heads * features)
+            nn.Linear(hidden, GATE_RANK, bias=False), nn.Linear(GATE_RANK, self.heads * self.features_width)
         )
 
     def log_decay(self, x: Tensor) -> Tensor:
@@ -101,11 +101,13 @@ class HGRN2(LinearMixer):
     normed_by_head = False
 
     def build_decay(self, hidden: int) -> None:
+        if self.key_heads != self.heads:
+            raise ValueError("mixer hgrn2: its keys follow from the decay, of which there is one a head of the values")
         if self.feature_map.width is not None:
             raise ValueError("mixer hgrn2: its keys follow from the decay, use a feature_map that keeps the width")
 
-    def keys_and_decay(self, x: Tensor, sp: SequenceParallel) -> tuple[Tensor, Tensor]:
-        projected = self.heads_of(self.k_proj(x), self.k_conv, sp)
+    def keys_and_decay(self, x: Tensor, passage: Passage) -> tuple[Tensor, Tensor]:
+        projected = passage.convolved(self.k_proj(x), self.k_conv).unflatten(-1, (self.heads, -1))
         logits = at_least_float32(projected)
         bound = self.layer_idx / self.num_layers
         # Not from f: near f = 1 there would be no digits left of 1 − f and log f, near f = 0 no log f.
@@ -122,6 +124,10 @@ MIXERS: dict[str, type[LinearMixer]] = {
     "simple_gla": SimpleGLA,
     "gla": GatedLinearAttention,
     "hgrn2": HGRN2,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "mamba2": Mamba2,
 }
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from lasp.layers.convolution import ShortConvolution
 from lasp.layers.features import feature_map as find_feature_map
 from lasp.layers.norm import GatedRMSNorm
-from lasp.layers.rotary import rotate
+from lasp.layers.passage import MixerState, Passage
 from lasp.ops.inputs import CuSeqlens, sequence_of
-from lasp.ops.linear import start
+from lasp.ops.pending import start
 from lasp.parallel import SequenceParallel
 
 
@@ -25,65 +27,124 @@ def head_width(hidden: int, heads: int) -> int:
     return hidden // heads
 
 
+class Writes(NamedTuple):
+    """What tokens do to the state, and what of them goes past it.
+
+    Attributes:
+        k: keys ``[B, T, key_heads, K]``.
+        v: values ``[B, T, H, V]``.
+        g: the log-decay: None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``.
+        beta: how far the delta rule corrects the state, ``[B, T, H]``; None where values are added.
+        skip: what is added to the output, ``[B, T, H, V]``, or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    beta: Tensor | None = None
+    skip: Tensor | None = None
+
+
 class LinearMixer(nn.Module):
     """A layer of linear attention, ``[B, T, hidden] → [B, T, hidden]``. Subclasses say what differs: decay, defaults.
 
-    Keys, values and decays come first and the exchange of the states starts; queries and the output gate are projected
-    while the states travel (LASP-2, https://arxiv.org/abs/2502.07563, section 3.2).
+    What tokens write comes first and the exchange of the states starts; queries and the output gate are projected while the
+    states travel (LASP-2, https://arxiv.org/abs/2502.07563, section 3.2).
 
     Args:
         hidden: width of the model.
-        heads: H; each has ``hidden / heads`` values.
+        heads: H, of the values.
+        key_heads: of queries and keys, a divisor of H, each for as many heads of the values that follow one another; the
+            mixer's own when None, for most H.
+        key_width: of a head's queries and keys; what the feature map asks for, else ``hidden / heads``, when None.
+        value_width: of a head's values; ``hidden / heads`` when None, or as many times as much as the mixer says.
         layer_idx: which of the model's layers this is, for decays that depend on it.
         num_layers: how many layers the model has.
         feature_map: of queries and keys, a name in `FEATURE_MAPS`; the mixer's own when None.
-        conv_size: width of the short convolution on queries, keys and values; 0 for none.
+        conv_size: width of the short convolution on queries, keys and values; 0 for none, the mixer's own when None.
+        gated: whether the output is gated; as the mixer is when None.
         rope_theta: base of the rotation, for mixers that rotate.
         norm_eps: of the output's norm.
+
+    Raises:
+        ValueError: where the widths do not divide or the feature map is unknown.
     """
 
     #: The name that errors of the op begin with.
     op = "linear_attn"
     #: The feature map when none is asked for.
     default_feature_map = "identity"
-    #: Whether the output is gated by ``silu(W x)``.
+    #: The width of the short convolution when none is asked for.
+    default_conv_size = 0
+    #: The heads of queries and keys when none are asked for; None for those of the values.
+    default_key_heads: int | None = None
+    #: How much wider values are than the model, when nothing is asked for.
+    expansion = 1
+    #: Whether the output is gated, when nothing is asked for, and what the gate's projection goes through.
     gated = True
-    #: What follows the short convolution.
+    gate_activation = "silu"
+    #: What follows the short convolution, and whether it has a bias.
     conv_activation: str | None = "silu"
+    conv_bias = False
     #: Whether the norm of the output is taken over each head by itself, or over all heads at once.
     normed_by_head = True
     #: Whether queries and keys are rotated by their position.
     rotated = False
+    #: Whether queries and keys are made of length 1.
+    of_length_one = False
+    #: The factor of the queries; None for ``K ** -0.5``.
+    scale: float | None = None
 
     def __init__(
         self,
         hidden: int,
         heads: int,
         *,
+        key_heads: int | None = None,
+        key_width: int | None = None,
+        value_width: int | None = None,
         layer_idx: int = 0,
         num_layers: int = 1,
         feature_map: str | None = None,
-        conv_size: int = 0,
+        conv_size: int | None = None,
+        gated: bool | None = None,
         rope_theta: float = 10000.0,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        width = head_width(hidden, heads)
         self.heads, self.layer_idx, self.num_layers, self.rope_theta = heads, layer_idx, num_layers, rope_theta
+        self.key_heads = (self.default_key_heads or heads) if key_heads is None else key_heads
+        if self.key_heads < 1 or heads % self.key_heads:
+            raise ValueError(f"key_heads={self.key_heads} does not divide heads={heads}")
         self.feature_map = find_feature_map(self.default_feature_map if feature_map is None else feature_map)
-        self.key_width = self.feature_map.width or width
-        keys = heads * self.key_width
+        self.key_width = key_width or self.feature_map.width or head_width(hidden, heads)
+        self.value_width = value_width or self.expansion * head_width(hidden, heads)
+        keys, values = self.key_heads * self.key_width, heads * self.value_width
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.k_proj = nn.Linear(hidden, keys, bias=False)
-        self.v_proj = nn.Linear(hidden, hidden, bias=False)
-        self.gate_proj = nn.Linear(hidden, hidden, bias=False) if self.gated else None
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, values, bias=False)
+        self.gate_proj = self.build_gate(hidden, values) if (self.gated if gated is None else gated) else None
+        self.o_proj = nn.Linear(values, hidden, bias=False)
+        conv_size = self.default_conv_size if conv_size is None else conv_size
         self.q_conv, self.k_conv, self.v_conv = (
-            ShortConvolution(channels, conv_size, self.conv_activation) if conv_size else None
-            for channels in (keys, keys, hidden)
+            ShortConvolution(channels, conv_size, self.conv_activation, self.conv_bias) if conv_size else None
+            for channels in (keys, keys, values)
         )
-        self.norm = GatedRMSNorm(hidden, heads if self.normed_by_head else 1, norm_eps)
+        self.norm = self.build_norm(values, norm_eps)
         self.build_decay(hidden)
+
+    @property
+    def features_width(self) -> int:
+        """K of the state: the width of a head's features, which Taylor's map makes more of than there are keys."""
+        return self.feature_map(torch.zeros(self.key_width)).shape[-1]
+
+    def build_gate(self, hidden: int, values: int) -> nn.Module:
+        """The projection of the output gate."""
+        return nn.Linear(hidden, values, bias=False)
+
+    def build_norm(self, values: int, eps: float) -> nn.Module:
+        """The norm of the output and its gate."""
+        return GatedRMSNorm(values, self.heads if self.normed_by_head else 1, eps, self.gate_activation)
 
     def build_decay(self, hidden: int) -> None:
         """Make the parameters of `log_decay`."""
@@ -92,22 +153,24 @@ class LinearMixer(nn.Module):
         """The log-decay of x's tokens: None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``, in float32 at least."""
         return None
 
-    def queries(self, x: Tensor, sp: SequenceParallel) -> Tensor:
-        """``[B, T, H, K]``."""
-        return self.features(self.heads_of(self.q_proj(x), self.q_conv, sp), sp)
+    def queries(self, x: Tensor, passage: Passage) -> Tensor:
+        """``[B, T, key_heads, K]``."""
+        return self.features(passage.convolved(self.q_proj(x), self.q_conv), passage)
 
-    def keys_and_decay(self, x: Tensor, sp: SequenceParallel) -> tuple[Tensor, Tensor | None]:
-        """The keys ``[B, T, H, K]`` and the log-decay; together, for mixers whose keys follow from their decay."""
-        return self.features(self.heads_of(self.k_proj(x), self.k_conv, sp), sp), self.log_decay(x)
+    def keys_and_decay(self, x: Tensor, passage: Passage) -> tuple[Tensor, Tensor | None]:
+        """The keys ``[B, T, key_heads, K]`` and the log-decay; together, for mixers whose keys follow from their decay."""
+        return self.features(passage.convolved(self.k_proj(x), self.k_conv), passage), self.log_decay(x)
 
-    def features(self, x: Tensor, sp: SequenceParallel) -> Tensor:
-        """The features of queries or keys ``[B, T, H, D]``."""
-        return self.feature_map(rotate(x, sp, self.rope_theta) if self.rotated else x)
+    def features(self, x: Tensor, passage: Passage) -> Tensor:
+        """The features of queries or keys ``[B, T, key_heads · D]``, by head."""
+        x = x.unflatten(-1, (self.key_heads, -1))
+        return self.feature_map(passage.rotated(x, self.rope_theta) if self.rotated else x)
 
-    def heads_of(self, x: Tensor, conv: ShortConvolution | None, sp: SequenceParallel) -> Tensor:
-        """``[B, T, H · D]`` to ``[B, T, H, D]``, through the short convolution where there is one."""
-        x = x if conv is None else conv(x, sp=sp)
-        return x.unflatten(-1, (self.heads, -1))
+    def writes(self, x: Tensor, passage: Passage) -> Writes:
+        """All that needs no queries."""
+        k, g = self.keys_and_decay(x, passage)
+        v = passage.convolved(self.v_proj(x), self.v_conv)
+        return Writes(k, v.unflatten(-1, (self.heads, -1)), g)
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """Mix the tokens.
@@ -117,14 +180,53 @@ class LinearMixer(nn.Module):
             sp: the ranks that share the sequence, and its documents.
             cu_seqlens: the boundaries of packed documents, where there is no `sp`.
         """
-        seq = sequence_of(x, cu_seqlens, sp)
-        k, g = self.keys_and_decay(x, seq)
-        v = self.heads_of(self.v_proj(x), self.v_conv, seq)
-        pending = start(k, v, g, sp=seq, op=self.op)
-        q = self.queries(x, seq)
+        return self._mix(x, Passage(sequence_of(x, cu_seqlens, sp)))[0]
+
+    def initial_state(self, batch: int) -> MixerState:
+        """The state before any token, for `step`.
+
+        Args:
+            batch: how many sequences are decoded at once.
+        """
+        like = self.o_proj.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        memory = like.new_zeros(batch, self.heads, self.features_width, self.value_width, dtype=dtype)
+        convs = [conv for conv in (self.k_conv, self.v_conv, self.q_conv) if conv is not None]
+        tails = tuple(like.new_zeros(batch, conv.weight.shape[1] - 1, conv.weight.shape[0]) for conv in convs)
+        return MixerState(memory, tails, 0)
+
+    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """Mix the tokens that follow on those that made the state: for decoding, one or more at a time, on one device.
+
+        Args:
+            x: ``[B, T, hidden]``; T may differ from call to call.
+            state: `initial_state`, or what the last call gave.
+
+        Returns:
+            The output, what `forward` gives for these tokens of the whole sequence, and the state after them.
+
+        Raises:
+            ValueError: where the state is of another batch size.
+        """
+        if state.memory.shape[0] != x.shape[0]:
+            raise ValueError(f"step: x holds {x.shape[0]} sequences and the state {state.memory.shape[0]}")
+        passage = Passage(sequence_of(x, None, None), state)
+        y, memory = self._mix(x, passage)
+        assert memory is not None
+        return y, MixerState(memory, tuple(passage.tails), state.position + x.shape[1])
+
+    def _mix(self, x: Tensor, passage: Passage) -> tuple[Tensor, Tensor | None]:
+        """The output, and the memory after the last token where the passage follows on one."""
+        before, writes = passage.before, self.writes(x, passage)
+        pending = start(
+            writes.k, writes.v, writes.g, writes.beta, use_qk_l2norm_in_kernel=self.of_length_one,
+            initial_state=None if before is None else before.memory, sp=passage.sp, op=self.op,
+        )  # fmt: skip
+        q = self.queries(x, passage)
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        o, _ = pending.finish(q)
-        return self.o_proj(self.norm(o.flatten(-2), gate))
+        o, memory = pending.finish(q, self.scale, output_final_state=before is not None)
+        o = o if writes.skip is None else o + writes.skip
+        return self.o_proj(self.norm(o.flatten(-2), gate)), memory
 
 
 def constant(mixer: nn.Module, log_decay: Tensor) -> None:

@@ -14,13 +14,14 @@ from lasp.parallel import SequenceParallel
 from lasp.parallel.operators import keep
 
 
-def rotate(x: Tensor, sp: SequenceParallel, theta: float) -> Tensor:
+def rotate(x: Tensor, sp: SequenceParallel, theta: float, offset: int = 0) -> Tensor:
     """Rotate the pairs ``(x_i, x_{i + D/2})`` by ``position · theta^(−2i/D)``.
 
     Args:
         x: ``[B, T, H, D]``, this rank's tokens.
         sp: the layout that knows their positions.
         theta: the base of the angles.
+        offset: the position of a document's first token.
 
     Raises:
         ValueError: where D is odd.
@@ -29,7 +30,9 @@ def rotate(x: Tensor, sp: SequenceParallel, theta: float) -> Tensor:
         raise ValueError(f"rotary positions need heads of even width, given {x.shape[-1]}: use another number of heads")
     wide = at_least_float32(x)
     width = index(x.shape[-1])
-    if torch.compiler.is_compiling():
+    if offset:
+        cosine, sine = _angles_from(offset, sp, width, theta, wide.device, wide.dtype)
+    elif torch.compiler.is_compiling():
         cosine, sine = _traced_angles(keep(sp.name), width, theta, wide.device, wide.dtype)
     else:
         cosine, sine = _angles(sp, width, theta, wide.device, wide.dtype)
@@ -43,13 +46,19 @@ def _angles(
     """Cosine and sine ``[T, 1, D/2]``, made once for a layout and shared by its layers."""
 
     def build() -> tuple[Tensor, Tensor]:
-        # float64: at two million tokens a float32 angle would be off by a tenth of a radian.
-        positions = sp.layout.document_positions(sp.rank).to(device, torch.float64)
-        frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-        angles = (positions[:, None] * frequencies).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return _angles_from(0, sp, width, theta, device, dtype)
 
     return cast("tuple[Tensor, Tensor]", sp.layout.cached(("rotary", sp.rank, width, theta, device, dtype), build))
+
+
+def _angles_from(
+    offset: int, sp: SequenceParallel, width: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # float64: at two million tokens a float32 angle would be off by a tenth of a radian.
+    positions = sp.layout.document_positions(sp.rank).to(device, torch.float64) + offset
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    angles = (positions[:, None] * frequencies).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @assume_constant_result

@@ -26,7 +26,7 @@ class LinearLlama3Config:
         pattern: a letter a layer, repeated over the depth: L is the linear mixer, N softmax attention ("normal").
         mixer: the linear mixer, a name in `lasp.layers.MIXERS`.
         feature_map: of the linear mixer, a name in `lasp.layers.FEATURE_MAPS`; the mixer's own when None.
-        conv_size: width of the linear mixer's short convolution; 0 for none.
+        conv_size: width of the linear mixer's short convolution; 0 for none, the mixer's own when None.
         window: how many tokens a softmax layer's token sees; all when None.
         rope_theta: base of the rotary positions.
         norm_eps: of all norms.
@@ -45,7 +45,7 @@ class LinearLlama3Config:
     pattern: str = "LLLN"
     mixer: str = "gla"
     feature_map: str | None = None
-    conv_size: int = 0
+    conv_size: int | None = None
     window: int | None = None
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
@@ -64,7 +64,7 @@ class LinearLlama3Config:
         if not self.pattern or set(self.pattern) - PATTERN.keys():
             known = ", ".join(f"{letter} ({meaning})" for letter, meaning in PATTERN.items())
             raise ValueError(f"pattern={self.pattern!r} must be made of the letters {known}")
-        if self.conv_size < 0 or (self.window is not None and self.window < 1):
+        if (self.conv_size is not None and self.conv_size < 0) or (self.window is not None and self.window < 1):
             raise ValueError(
                 f"conv_size must be at least 0 and window at least 1, given {self.conv_size}, {self.window}"
             )

@@ -36,7 +36,8 @@ class Options:
     preset: str = "tiny"
     """Size of the model: tiny (1M parameters, for CPUs), small (40M), linear-llama3-1b (the paper's)."""
     mixer: str | None = None
-    """Token mixer of the linear layers: basic, lightning, retention, simple_gla, gla, hgrn2. The preset's if not given."""
+    """Token mixer of the linear layers: basic, lightning, retention, simple_gla, gla, hgrn2, delta_net, gated_delta_net, kda,
+    mamba2. The preset's if not given."""
     pattern: str | None = None
     """A letter a layer, repeated over the depth: L linear, N softmax ("normal"), as in LLLN. The preset's if not given."""
     feature_map: str | None = None
@@ -52,7 +53,7 @@ class Options:
     intermediate: int | None = None
     """Width of the MLP. The preset's if not given."""
     conv_size: int | None = None
-    """Width of the linear mixer's short convolution; 0 for none. The preset's if not given."""
+    """Width of the linear mixer's short convolution; 0 for none. The preset's, or else the mixer's, if not given."""
     window: int | None = None
     """How many tokens a token of a softmax layer sees. All before it if not given."""
 

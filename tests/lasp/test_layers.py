@@ -23,6 +23,7 @@ from lasp.layers import (
     mixer_type,
     rotate,
 )
+from lasp.layers.passage import Passage
 from lasp.parallel.exchange import EXCHANGES
 from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, relative_error, sum_over_ranks
 
@@ -166,7 +167,7 @@ def test_hgrn2_keys_and_decay_keep_their_digits() -> None:
         nn.init.eye_(mixer.k_proj.weight)
         logits = torch.tensor([[[-60.0, 60.0], [-3.0, 0.5], [0.0, 20.0]]])
         sp = SequenceParallel.single(SequenceLayout.contiguous(3, 1))
-        k, g = mixer.keys_and_decay(logits, sp)
+        k, g = mixer.keys_and_decay(logits, Passage(sp))
         bound, wide = layer_idx / 4, logits.double()
         assert relative_error(k.squeeze(2), (1 - bound) * torch.sigmoid(-wide)) < 1e-6
         assert g is not None
@@ -180,10 +181,9 @@ def test_gla_is_its_definition() -> None:
     mixer = layer("gla")
     assert isinstance(mixer, GatedLinearAttention)
     x = Inputs(5, torch.float64).normal(1, 13, HIDDEN)
-    sp = SequenceParallel.single(SequenceLayout.contiguous(13, 1))
-    k, g = mixer.keys_and_decay(x, sp)
-    v = mixer.heads_of(mixer.v_proj(x), mixer.v_conv, sp)
-    o, _ = recurrent(mixer.queries(x, sp), k, v, g)
+    passage = Passage(SequenceParallel.single(SequenceLayout.contiguous(13, 1)))
+    k, v, g, *_ = mixer.writes(x, passage)
+    o, _ = recurrent(mixer.queries(x, passage), k, v, g)
     assert mixer.gate_proj is not None
     normed = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
     gate = mixer.gate_proj(x).unflatten(-1, (HEADS, -1))

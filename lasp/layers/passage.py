@@ -1,0 +1,58 @@
+"""The tokens that a mixer is given: a sequence, which ranks may share, or what follows on tokens that it has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lasp.layers.convolution import ShortConvolution
+from lasp.layers.rotary import rotate
+from lasp.parallel import SequenceParallel
+
+
+@dataclass(frozen=True)
+class MixerState:
+    """All that a mixer keeps of the tokens before: as much after a million tokens as after one.
+
+    Attributes:
+        memory: the recurrent state ``[B, H, K, V]``, float32 (float64 for float64 layers).
+        tails: of each short convolution, in the order in which the layer comes to them, the last inputs ``[B, size - 1, D]``.
+        position: how many tokens there were.
+    """
+
+    memory: Tensor
+    tails: tuple[Tensor, ...]
+    position: int
+
+
+@dataclass
+class Passage:
+    """Some tokens and what came before them: what knows of other tokens asks here.
+
+    Attributes:
+        sp: the ranks and the layout of these tokens.
+        before: the state that they follow on; None for a sequence from its beginning.
+        tails: what the short convolutions must keep for the tokens that follow; filled where there is a state.
+    """
+
+    sp: SequenceParallel
+    before: MixerState | None = None
+    tails: list[Tensor] = field(default_factory=list)
+
+    def convolved(self, x: Tensor, conv: ShortConvolution | None) -> Tensor:
+        """x ``[B, T, D]`` through the short convolution, if there is one."""
+        if conv is None:
+            return x
+        if self.before is None:
+            return conv(x, sp=self.sp)
+        tail = self.before.tails[len(self.tails)].to(x.dtype)
+        x = torch.cat([tail, x], dim=1)
+        kept = tail.shape[1]
+        self.tails.append(x[:, x.shape[1] - kept :])
+        return conv(x)[:, kept:]
+
+    def rotated(self, x: Tensor, theta: float) -> Tensor:
+        """x ``[B, T, H, D]``, its pairs rotated by the tokens' positions."""
+        return rotate(x, self.sp, theta, offset=0 if self.before is None else self.before.position)
