@@ -19,12 +19,12 @@ class MixerState:
     Attributes:
         memory: the recurrent state ``[B, H, K, V]``, float32 (float64 for float64 layers).
         tails: of each short convolution, in the order in which the layer comes to them, the last inputs ``[B, size - 1, D]``.
-        position: how many tokens there were.
+        position: how many tokens there were, an integer ``[]``, on the layer's device.
     """
 
     memory: Tensor
     tails: tuple[Tensor, ...]
-    position: int
+    position: Tensor
 
 
 @dataclass
@@ -50,9 +50,10 @@ class Passage:
         tail = self.before.tails[len(self.tails)].to(x.dtype)
         x = torch.cat([tail, x], dim=1)
         kept = tail.shape[1]
-        self.tails.append(x[:, x.shape[1] - kept :])
+        # A copy: a view would keep all of x.
+        self.tails.append(x[:, x.shape[1] - kept :].clone(memory_format=torch.contiguous_format))
         return conv(x)[:, kept:]
 
     def rotated(self, x: Tensor, theta: float) -> Tensor:
         """x ``[B, T, H, D]``, its pairs rotated by the tokens' positions."""
-        return rotate(x, self.sp, theta, offset=0 if self.before is None else self.before.position)
+        return rotate(x, self.sp, theta, None if self.before is None else self.before.position)

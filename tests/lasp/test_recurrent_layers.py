@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from lasp.kernels.reference import recurrent
 from lasp.layers import HGRN2, MIXERS, DeltaNet, GateFirstRMSNorm, Mamba2, ShortConvolution, mixer_type
@@ -139,8 +140,24 @@ def test_decoding_is_the_forward(name: str, conv_size: int | None, pieces: tuple
         y, state = module.step(piece, state)
         outputs.append(y)
         assert [state.memory.shape, *(tail.shape for tail in state.tails)] == shapes
+        assert all(tail.untyped_storage().nbytes() == tail.nbytes for tail in state.tails)
     assert state.position == TOKENS
     assert relative_error(torch.cat(outputs, dim=1), module(x)) < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["retention", "kda"])
+def test_decoding_compiles_to_one_graph(name: str) -> None:
+    """The position is a tensor: no graph is made for each token."""
+    torch._dynamo.reset()
+    module, made = mixer(name), CompileCounter()
+    step, state = torch.compile(module.step, fullgraph=True, backend=made), module.initial_state(2)
+    outputs = []
+    for token in tokens(2).split(1, dim=1):
+        y, state = step(token, state)
+        outputs.append(y)
+    assert made.frame_count == 1
+    assert relative_error(torch.cat(outputs, dim=1), module(tokens(2))) < 1e-10
 
 
 def test_gradients_pass_through_decoding() -> None:
@@ -153,6 +170,18 @@ def test_gradients_pass_through_decoding() -> None:
         (dx,) = torch.autograd.grad(loss, x)
         found.append(dx)
     assert relative_error(found[1], found[0]) < 1e-10
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixed_precision(name: str) -> None:
+    """Under autocast, as training in bfloat16 computes."""
+    module, x = mixer_type(name)(HIDDEN, HEADS), tokens().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in (x, *module.parameters()))
+    assert relative_error(y, module(x)) < 3e-2
 
 
 def test_the_state_of_decoding() -> None:
