@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lasp.layers.delta import GatedDeltaNet
+from lasp.layers.delta import GatedDeltaNet, KimiDeltaAttention
 from lasp.layers.mamba import Mamba2
 from lasp.layers.mixer import LinearMixer
 
@@ -22,11 +22,11 @@ _Mixer = TypeVar("_Mixer", bound=LinearMixer)
 
 
 def gated_delta_net(weights: Weights, config: Any, prefix: str = "") -> GatedDeltaNet:
-    """Qwen3-Next's linear layer, ``Qwen3NextGatedDeltaNet``, as `lasp.layers.GatedDeltaNet`.
+    """The linear layers of Qwen3-Next and Qwen3.5, ``Qwen3NextGatedDeltaNet`` and ``Qwen3_5GatedDeltaNet``.
 
     Args:
         weights: the layer, or a state dict.
-        config: what has the sizes, by the names of ``Qwen3NextConfig``.
+        config: what has the sizes, by the names of ``Qwen3NextConfig`` and ``Qwen3_5TextConfig``.
         prefix: what the names of the layer's weights begin with; other weights are not looked at.
 
     Raises:
@@ -49,42 +49,48 @@ def gated_delta_net(weights: Weights, config: Any, prefix: str = "") -> GatedDel
 def gated_delta_net_weights(weights: Weights, config: Any, prefix: str = "") -> dict[str, Tensor]:
     """The weights, or their gradients, by the names that they have in `GatedDeltaNet`; arguments as `gated_delta_net`'s.
 
-    ``in_proj_qkvz`` and ``in_proj_ba`` hold, one head of the keys after the other, the rows of its query, key, values, gates,
-    and those of its betas, decays.
+    Qwen3-Next's ``in_proj_qkvz`` and ``in_proj_ba`` hold, one head of the keys after the other, the rows of its query, key,
+    values, gates, and those of its betas, decays. Qwen3.5 has them apart, but for query, key and values.
     """
-    what = "Qwen3NextGatedDeltaNet"
+    what = "Gated DeltaNet"
     _expect_silu(what, config)
     key_heads, heads = config.linear_num_key_heads, config.linear_num_value_heads
     K, V, hidden = config.linear_key_head_dim, config.linear_value_head_dim, config.hidden_size
-    keys, values, group = key_heads * K, heads * V, heads // key_heads
+    group, widths = heads // key_heads, (key_heads * K, key_heads * K, heads * V)
+    channels, values = sum(widths), heads * V
+    named = _named(weights, prefix)
+    apart = "in_proj_qkv.weight" in named
     shapes = {
-        "in_proj_qkvz.weight": (2 * keys + 2 * values, hidden),
-        "in_proj_ba.weight": (2 * heads, hidden),
-        "conv1d.weight": (2 * keys + values, 1, config.linear_conv_kernel_dim),
+        "conv1d.weight": (channels, 1, config.linear_conv_kernel_dim),
         "A_log": (heads,),
         "dt_bias": (heads,),
         "norm.weight": (V,),
         "out_proj.weight": (hidden, values),
     }
-    given = _of_shapes(what, weights, prefix, shapes)
+    if apart:
+        shapes |= {"in_proj_qkv.weight": (channels, hidden), "in_proj_z.weight": (values, hidden)}
+        shapes |= {"in_proj_b.weight": (heads, hidden), "in_proj_a.weight": (heads, hidden)}
+    else:
+        shapes |= {"in_proj_qkvz.weight": (channels + values, hidden), "in_proj_ba.weight": (2 * heads, hidden)}
+    given = _of_shapes(what, named, prefix, shapes)
 
     def by_key_head(name: str, *rows: int) -> list[Tensor]:
         parts = given[name].unflatten(0, (key_heads, -1)).split(rows, dim=1)
         return [part.flatten(0, 1) for part in parts]
 
-    q, k, v, gate = by_key_head("in_proj_qkvz.weight", K, K, group * V, group * V)
-    beta, decay = by_key_head("in_proj_ba.weight", group, group)
-    q_conv, k_conv, v_conv = given["conv1d.weight"].squeeze(1).split((keys, keys, values))
-    return {
+    if apart:
+        q, k, v = given["in_proj_qkv.weight"].split(widths)
+        gate, beta, decay = (given[f"in_proj_{name}.weight"] for name in "zba")
+    else:
+        q, k, v, gate = by_key_head("in_proj_qkvz.weight", K, K, group * V, group * V)
+        beta, decay = by_key_head("in_proj_ba.weight", group, group)
+    return _convolutions(given["conv1d.weight"].squeeze(1), "weight", "qkv", widths) | {
         "q_proj.weight": q,
         "k_proj.weight": k,
         "v_proj.weight": v,
         "gate_proj.weight": gate,
         "beta_proj.weight": beta,
         "decay_proj.weight": decay,
-        "q_conv.weight": q_conv,
-        "k_conv.weight": k_conv,
-        "v_conv.weight": v_conv,
         "A_log": given["A_log"],
         "dt_bias": given["dt_bias"],
         "norm.weight": given["norm.weight"],
@@ -92,8 +98,72 @@ def gated_delta_net_weights(weights: Weights, config: Any, prefix: str = "") -> 
     }
 
 
+def kda(weights: Weights, config: Any, prefix: str = "") -> KimiDeltaAttention:
+    """The linear layers of Kimi Linear, ``KimiLinearDeltaAttention``, named as transformers holds them.
+
+    Args:
+        weights: the layer, or a state dict.
+        config: what has the sizes, by the names of ``KimiLinearConfig``.
+        prefix: what the names of the layer's weights begin with; other weights are not looked at.
+
+    Raises:
+        ValueError: where weights are missing, unknown or of other shapes than the configuration's, or where the configuration
+            asks for what the layer is not.
+    """
+    width = config.linear_head_dim
+    layer = _on_no_device(
+        KimiDeltaAttention,
+        config.hidden_size,
+        config.linear_num_heads,
+        key_width=width,
+        value_width=width,
+        conv_size=config.linear_conv_kernel_dim,
+        norm_eps=config.rms_norm_eps,
+    )
+    return _filled(layer, kda_weights(weights, config, prefix))
+
+
+def kda_weights(weights: Weights, config: Any, prefix: str = "") -> dict[str, Tensor]:
+    """The weights, or their gradients, by the names that they have in `KimiDeltaAttention`; arguments as `kda`'s."""
+    what = "Kimi Delta Attention"
+    _expect_silu(what, config)
+    heads, width, hidden = config.linear_num_heads, config.linear_head_dim, config.hidden_size
+    channels = heads * width
+    into, up = (width, hidden), (channels, width)
+    shapes = {
+        "q_proj.weight": (channels, hidden),
+        "k_proj.weight": (channels, hidden),
+        "v_proj.weight": (channels, hidden),
+        "conv1d.weight": (3 * channels, 1, config.linear_conv_kernel_dim),
+        "forget_gate.f_a_proj.weight": into,
+        "forget_gate.f_b_proj.weight": up,
+        "forget_gate.A_log": (1, 1, heads, 1),
+        "forget_gate.dt_bias": (channels,),
+        "b_proj.weight": (heads, hidden),
+        "g_a_proj.weight": into,
+        "g_b_proj.weight": up,
+        "o_norm.weight": (width,),
+        "o_proj.weight": (hidden, channels),
+    }
+    given = _of_shapes(what, _named(weights, prefix), prefix, shapes)
+    return _convolutions(given["conv1d.weight"].squeeze(1), "weight", "qkv", (channels,) * 3) | {
+        "q_proj.weight": given["q_proj.weight"],
+        "k_proj.weight": given["k_proj.weight"],
+        "v_proj.weight": given["v_proj.weight"],
+        "gate_proj.0.weight": given["g_a_proj.weight"],
+        "gate_proj.1.weight": given["g_b_proj.weight"],
+        "beta_proj.weight": given["b_proj.weight"],
+        "decay_proj.0.weight": given["forget_gate.f_a_proj.weight"],
+        "decay_proj.1.weight": given["forget_gate.f_b_proj.weight"],
+        "A_log": given["forget_gate.A_log"].flatten(),
+        "dt_bias": given["forget_gate.dt_bias"],
+        "norm.weight": given["o_norm.weight"],
+        "o_proj.weight": given["o_proj.weight"],
+    }
+
+
 def mamba2(weights: Weights, config: Any, prefix: str = "") -> Mamba2:
-    """Mamba-2's mixer, ``Mamba2Mixer``, as `lasp.layers.Mamba2`.
+    """Mamba-2's mixer, ``Mamba2Mixer``.
 
     Args:
         weights: the layer, or a state dict.
@@ -123,7 +193,7 @@ def mamba2_weights(weights: Weights, config: Any, prefix: str = "") -> dict[str,
     ``in_proj`` holds the rows of gate, values, keys, queries and time steps, and ``conv1d`` the channels of values, keys and
     queries.
     """
-    what = "Mamba2Mixer"
+    what = "Mamba-2"
     _expect_silu(what, config)
     if config.use_bias:
         raise ValueError(
@@ -144,24 +214,31 @@ def mamba2_weights(weights: Weights, config: Any, prefix: str = "") -> dict[str,
         "norm.weight": (values,),
         "out_proj.weight": (hidden, values),
     }
-    given = _of_shapes(what, weights, prefix, shapes)
-    rows = (values, values, keys, keys, heads)
-    gate, v, k, q, dt = given["in_proj.weight"].split(rows)
-    found = {
-        "gate_proj.weight": gate,
-        "v_proj.weight": v,
-        "k_proj.weight": k,
-        "q_proj.weight": q,
-        "dt_proj.weight": dt,
-        "A_log": given["A_log"],
-        "D": given["D"],
-        "dt_bias": given["dt_bias"],
-        "norm.weight": given["norm.weight"],
-        "o_proj.weight": given["out_proj.weight"],
-    }
-    for name, taps in (("weight", given["conv1d.weight"].squeeze(1)), ("bias", given["conv1d.bias"])):
-        found |= {f"{x}_conv.{name}": part for x, part in zip("vkq", taps.split((values, keys, keys)), strict=True)}
-    return found
+    given = _of_shapes(what, _named(weights, prefix), prefix, shapes)
+    gate, v, k, q, dt = given["in_proj.weight"].split((values, values, keys, keys, heads))
+    widths = (values, keys, keys)
+    taps = _convolutions(given["conv1d.weight"].squeeze(1), "weight", "vkq", widths)
+    return (
+        taps
+        | _convolutions(given["conv1d.bias"], "bias", "vkq", widths)
+        | {
+            "gate_proj.weight": gate,
+            "v_proj.weight": v,
+            "k_proj.weight": k,
+            "q_proj.weight": q,
+            "dt_proj.weight": dt,
+            "A_log": given["A_log"],
+            "D": given["D"],
+            "dt_bias": given["dt_bias"],
+            "norm.weight": given["norm.weight"],
+            "o_proj.weight": given["out_proj.weight"],
+        }
+    )
+
+
+def _convolutions(channels: Tensor, name: str, order: str, widths: tuple[int, ...]) -> dict[str, Tensor]:
+    """The parts of one convolution's parameter that are those of queries, keys and values, in the order given."""
+    return {f"{x}_conv.{name}": part for x, part in zip(order, channels.split(widths), strict=True)}
 
 
 def _on_no_device(kind: type[_Mixer], *sizes: int, **options: Any) -> _Mixer:
@@ -181,10 +258,16 @@ def _expect_silu(what: str, config: Any) -> None:
         raise ValueError(f"{what}: hidden_act={config.hidden_act!r}: expected silu")
 
 
-def _of_shapes(what: str, weights: Weights, prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The weights that begin with `prefix`, by the rest of their names, if they are those of `shapes`."""
+def _named(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    """The weights that begin with `prefix`, by the rest of their names."""
     named = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    given = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
+
+
+def _of_shapes(
+    what: str, given: dict[str, Tensor], prefix: str, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The weights as they are, if they are those of `shapes`."""
     missing, unexpected = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
     if missing or unexpected:
         at = f" of prefix {prefix!r}" if prefix else ""

@@ -19,6 +19,7 @@ from lasp.layers import huggingface
 from tests.support import Inputs, assert_close, relative_error, sum_over_ranks
 
 HIDDEN, TOKENS = 16, 37
+NAMES = ("qwen3_next", "qwen3_5", "kimi_linear", "mamba2")
 
 
 @dataclass
@@ -39,17 +40,36 @@ class Published:
 
 
 def published(name: str, dtype: torch.dtype = torch.float64) -> Published:
-    """Fewer heads of keys than of values, and widths that all differ."""
-    if name == "gated_delta_net":
+    """Fewer heads of keys than of values where that can be, and widths that differ."""
+    qwen = {
+        "hidden_size": HIDDEN, "num_hidden_layers": 1, "layer_types": ["linear_attention"], "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6, "linear_key_head_dim": 4, "linear_value_head_dim": 5, "linear_conv_kernel_dim": 4,
+    }  # fmt: skip
+    module: nn.Module
+    if name == "qwen3_next":
         from transformers import Qwen3NextConfig
         from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-        config = Qwen3NextConfig(
-            hidden_size=HIDDEN, num_hidden_layers=1, layer_types=["linear_attention"], linear_num_key_heads=2,
-            linear_num_value_heads=6, linear_key_head_dim=4, linear_value_head_dim=5, linear_conv_kernel_dim=4,
-        )  # fmt: skip
-        module: nn.Module = Qwen3NextGatedDeltaNet(config, layer_idx=0)
+        config: Any = Qwen3NextConfig(**qwen)
+        module = Qwen3NextGatedDeltaNet(config, layer_idx=0)
         made = huggingface.gated_delta_net, huggingface.gated_delta_net_weights
+    elif name == "qwen3_5":
+        from transformers import Qwen3_5TextConfig
+        from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+
+        config = Qwen3_5TextConfig(**qwen)
+        module = Qwen3_5GatedDeltaNet(config, layer_idx=0)
+        made = huggingface.gated_delta_net, huggingface.gated_delta_net_weights
+    elif name == "kimi_linear":
+        from transformers import KimiLinearConfig
+        from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+        config = KimiLinearConfig(
+            hidden_size=HIDDEN, num_hidden_layers=1, layer_types=["linear_attention"], linear_num_heads=3,
+            linear_head_dim=6, linear_conv_kernel_dim=4,
+        )  # fmt: skip
+        module = KimiLinearDeltaAttention(config, layer_idx=0)
+        made = huggingface.kda, huggingface.kda_weights
     else:
         from transformers import Mamba2Config
         from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -104,13 +124,13 @@ def sequence(batch: int) -> tuple[Tensor, Tensor]:
     return x.normal(batch, TOKENS, HIDDEN), x.normal(batch, TOKENS, HIDDEN)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_net", "mamba2"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_transformers_computes(name: str) -> None:
     given, (x, dy) = published(name), sequence(2)
     assert_close(ours(given.layer(given.module, given.config), x, dy), theirs(given, x, dy), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_net", "mamba2"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_transformers_computes_in_float32(name: str) -> None:
     """As it is, without a changed dtype; from a whole model's weights."""
     given, (x, dy) = published(name, torch.float32), sequence(1)
@@ -123,7 +143,7 @@ def test_what_transformers_computes_in_float32(name: str) -> None:
 
 
 @pytest.mark.mpi(min_size=4)
-@pytest.mark.parametrize("name", ["gated_delta_net", "mamba2"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_transformers_computes_on_all_ranks(groups: dict[int, dist.ProcessGroup], name: str) -> None:
     given, (x, dy) = published(name), sequence(1)
     want, layer = theirs(given, x, dy), given.layer(given.module, given.config)
@@ -137,7 +157,7 @@ def test_what_transformers_computes_on_all_ranks(groups: dict[int, dist.ProcessG
 
 
 def test_the_layer_keeps_dtypes_and_shares_no_memory() -> None:
-    given = published("gated_delta_net", torch.bfloat16)
+    given = published("qwen3_next", torch.bfloat16)
     given.module.A_log.data = given.module.A_log.data.float()
     layer = given.layer(given.module, given.config)
     assert (layer.A_log.dtype, layer.q_proj.weight.dtype) == (torch.float32, torch.bfloat16)
@@ -148,19 +168,19 @@ def test_the_layer_keeps_dtypes_and_shares_no_memory() -> None:
     assert torch.equal(layer.o_proj.weight, before)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_net", "mamba2"])
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_that_are_not_the_layers(name: str) -> None:
     given = published(name)
     weights = given.module.state_dict()
-    kind = type(given.module).__name__
-    lacking = {key: x for key, x in weights.items() if key != "A_log"} | {"B_log": weights["A_log"]}
-    with pytest.raises(ValueError, match=f"{kind}: the weights are not a layer's: missing A_log; unexpected B_log"):
+    (rate,) = (key for key in weights if key.endswith("A_log"))
+    lacking = {key: x for key, x in weights.items() if key != rate} | {"B_log": weights[rate]}
+    with pytest.raises(ValueError, match=rf"the weights are not a layer's: missing {rate}; unexpected B_log"):
         given.layer(lacking, given.config)
-    with pytest.raises(ValueError, match=r"the weights of prefix 'x\.' are not a layer's: missing A_log, "):
+    with pytest.raises(ValueError, match=r"the weights of prefix 'x\.' are not a layer's: missing .*; unexpected none"):
         given.layer(weights, given.config, prefix="x.")
-    longer = weights | {"out_proj.weight": torch.zeros(3, HIDDEN)}
-    with pytest.raises(ValueError, match=rf"{kind}: out_proj.weight must be \[16, 3\d\] by the .*, given \[3, 16\]"):
-        given.layer(longer, given.config)
+    (out,) = (key for key in weights if key in ("out_proj.weight", "o_proj.weight"))
+    with pytest.raises(ValueError, match=rf"{out} must be \[16, \d\d\] by the configuration, given \[3, 16\]"):
+        given.layer(weights | {out: torch.zeros(3, HIDDEN)}, given.config)
     given.config.hidden_act = "gelu"
     with pytest.raises(ValueError, match="hidden_act='gelu': expected silu"):
         given.layer(weights, given.config)
