@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lasp.kernels.reference import recurrent
 from lasp.layers import HGRN2, MIXERS, DeltaNet, GateFirstRMSNorm, Mamba2, ShortConvolution, mixer_type
+from lasp.layers.mamba import decay_parameters
 from lasp.layers.mixer import LinearMixer
 from lasp.models import LinearLlama3, LinearLlama3Config
 from tests.references import causal_convolution
@@ -104,6 +105,16 @@ def test_initial_values_are_as_published_and_outlive_the_models() -> None:
         if name == "mamba2":
             assert torch.equal(module.D, torch.ones(8))
             assert module.v_conv.bias.abs().max() > 0
+
+
+def test_time_steps_and_rates_fill_their_ranges() -> None:
+    torch.manual_seed(0)
+    a_log, dt_bias = decay_parameters(100_000, 100_000)
+    steps, rates = F.softplus(dt_bias.double()), a_log.double().exp()
+    assert [steps.min().item(), steps.median().item(), steps.max().item()] == pytest.approx(
+        [1e-3, 1e-2, 1e-1], rel=0.02
+    )
+    assert [rates.min().item(), rates.median().item(), rates.max().item()] == pytest.approx([1, 8.5, 16], rel=0.02)
 
 
 def test_options_of_the_mixers() -> None:
