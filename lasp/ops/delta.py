@@ -39,11 +39,10 @@ def delta_rule(
 
     Arguments and results: see the module.
     """
-    pending = start(
-        k, v, None, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, initial_state=initial_state,
-        cu_seqlens=cu_seqlens, sp=sp, causal=causal, op="delta_rule",
+    return _corrected(
+        "delta_rule", q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        cu_seqlens, sp, causal,
     )  # fmt: skip
-    return pending.finish(q, scale, output_final_state)
 
 
 def gated_delta_rule(
@@ -83,11 +82,10 @@ def gated_delta_rule(
         causal: see the module.
     """
     g = _log_decay("gated_delta_rule", g, 3, use_gate_in_kernel, A_log, dt_bias)
-    pending = start(
-        k, v, g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, initial_state=initial_state,
-        cu_seqlens=cu_seqlens, sp=sp, causal=causal, op="gated_delta_rule",
+    return _corrected(
+        "gated_delta_rule", q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        cu_seqlens, sp, causal,
     )  # fmt: skip
-    return pending.finish(q, scale, output_final_state)
 
 
 def kda(
@@ -112,11 +110,21 @@ def kda(
     As `gated_delta_rule` with g ``[B, T, H, K]``, A_log ``[H]`` and dt_bias ``[H, K]`` or ``[H · K]``.
     """
     g = _log_decay("kda", g, 4, use_gate_in_kernel, A_log, dt_bias)
-    pending = start(
-        k, v, g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, initial_state=initial_state,
-        cu_seqlens=cu_seqlens, sp=sp, causal=causal, op="kda",
-    )  # fmt: skip
-    return pending.finish(q, scale, output_final_state)
+    return _corrected(
+        "kda",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        sp,
+        causal,
+    )
 
 
 def decay_of(logits: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
@@ -152,3 +160,25 @@ def _log_decay(op: str, g: Tensor, axes: int, in_kernel: bool, A_log: Tensor | N
             f"{op}: dt_bias must have the sizes of g but for B and T, {list(g.shape[2:])}, given {list(dt_bias.shape)}"
         )
     return decay_of(g, A_log, dt_bias)
+
+
+def _corrected(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    cu_seqlens: CuSeqlens,
+    sp: SequenceParallel | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    pending = start(
+        k, v, g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, initial_state=initial_state,
+        cu_seqlens=cu_seqlens, sp=sp, causal=causal, op=op,
+    )  # fmt: skip
+    return pending.finish(q, scale, output_final_state)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lasp import SequenceLayout, SequenceParallel
-from lasp.ops import causal_conv1d, gla, linear_attn, simple_gla, softmax_attn
+from lasp.ops import causal_conv1d, delta_rule, gla, kda, linear_attn, simple_gla, softmax_attn
 from tests.support import Inputs
 
 pytestmark = pytest.mark.mpi(min_size=4)
@@ -41,16 +41,20 @@ def measure(op, sp: SequenceParallel, length: int, **options) -> tuple[Traffic, 
     assert local * sp.world_size == length
     q, k = x.normal(1, local, H, K).requires_grad_(), x.normal(1, local, H, K).requires_grad_()
     v = x.normal(1, local, H, V).requires_grad_()
-    gates = {"gla": (1, local, H, K), "simple_gla": (1, local, H)}.get(op.__name__)
+    decay = {"gla": (1, local, H, K), "kda": (1, local, H, K), "simple_gla": (1, local, H)}.get(op.__name__)
+    gates = [] if decay is None else [-x.uniform(*decay)]
+    gates += [x.uniform(1, local, H)] if op in (delta_rule, kda) else []
     with Traffic() as forward:
-        o, _ = op(q, k, v, *([] if gates is None else [-x.uniform(*gates)]), sp=sp, **options)
+        o, _ = op(q, k, v, *gates, sp=sp, **options)
     with Traffic() as backward:
         o.sum().backward()
     return forward, backward
 
 
 @pytest.mark.parametrize(
-    ("op", "transition"), [(linear_attn, 1), (simple_gla, H), (gla, H * K)], ids=["identity", "scalar", "diagonal"]
+    ("op", "transition"),
+    [(linear_attn, 1), (simple_gla, H), (gla, H * K), (delta_rule, H * K * K), (kda, H * K * K)],
+    ids=["identity", "scalar", "diagonal", "dense", "dense, decayed"],
 )
 def test_one_all_gather_each_way_whatever_the_length(groups: dict[int, dist.ProcessGroup], op, transition: int) -> None:
     state = H * K * V
