@@ -16,10 +16,10 @@ from lasp.kernels.triton.launch import Kernel, Launch, ready
 from lasp.kernels.triton.recurrences import attend, cumulate, gate_gradient
 from lasp.kernels.triton.tiling import Tiles, delta_tiles, gated_tiles, processors, segment_size, tiles
 
-_NONE, _BY_TOKEN = head_decay.NONE.value, head_decay.BY_TOKEN.value
+_NONE, _BY_TOKEN, _BY_KEY = head_decay.NONE.value, head_decay.BY_TOKEN.value, delta.BY_KEY.value
 
 #: A system is solved token by token within blocks of so many, and by products beyond.
-_SOLVED = 8
+SOLVED = 8
 
 invert = Kernel(delta.invert)
 correct = Kernel(delta.correct)
@@ -46,13 +46,13 @@ class TritonDelta(Recurrence):
     def of(cls, tokens: Tokens) -> TritonDelta:
         """The recurrence for such tokens, in segments that fill their device."""
         B, T, H, K = tokens.k.shape
-        tile = delta_tiles(K, tokens.v.shape[-1], _inner(tokens.k.dtype))
+        tile = delta_tiles(K, tokens.v.shape[-1], inner(tokens.k.dtype))
         # Programs wait for one product after the other: a processor has room for several.
         size = segment_size(B * H * tile.blocks, T, tile.C, 2 * processors(tokens.k.device))
         return cls(size, 16 // tokens.k.element_size())
 
     def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
-        k, v = _ready(tokens.k), _ready(tokens.v)
+        k, v = as_computed(tokens.k), as_computed(tokens.v)
         B, T, H, K = k.shape
         tile = delta_tiles(K, v.shape[-1], k.dtype)
         bounds, (*decay, beta) = segments.bounds(k.device), tokens.gates
@@ -66,31 +66,35 @@ class TritonDelta(Recurrence):
         _invert(B, T, H, K, len(segments), segments.size, tile, k.dtype, kind)(k, beta, g, G, W, bounds)
         return Tokens(k, v, (g, beta, G, W) if decay else (beta, W))
 
+    def asked(self, q: Tensor, tokens: Tokens, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Queries as the walks take them, and what they make of the chunk's keys, where the walks do not make it."""
+        return as_computed(q), tokens.k
+
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
         maps = _unwritten(tokens, segments)
         for role in ("summary", "transition"):
-            self._correct(tokens.k, tokens, maps.B, maps.A, (), segments, 1.0, role)
+            _walk(role, (tokens.k, tokens.k), tokens, maps.B, maps.A, (), segments, 1.0)
         return maps
 
     def output(self, q: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float) -> Tensor:
         o = torch.empty_like(tokens.v)
-        self._correct(_ready(q), tokens, entry, entry, (o,), segments, scale, "output")
+        _walk("output", self.asked(q, tokens, segments), tokens, entry, entry, (o,), segments, scale)
         return o.to(q.dtype)
 
     def adjoint_summary(self, q: Tensor, tokens: Tokens, do: Tensor, segments: Segments, scale: float) -> Summary:
         maps = _unwritten(tokens, segments)
-        q, do = _ready(q), _ready(do)
+        asked, do = self.asked(q, tokens, segments), as_computed(do)
         for role in ("summary", "transition"):
-            self._correct_back(q, tokens, do, maps.B, maps.A, (), segments, scale, role)
+            _walk_back(role, asked, tokens, do, maps.B, maps.A, (), segments, scale)
         return maps
 
     def query_gradient(
         self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        # With the corrections, if their factors have a gradient, what they are of.
-        kept = tuple(torch.empty_like(tokens.v) for _ in range(2 if gated else 1))
-        self._correct(tokens.k, tokens, entry, entry, kept, segments, 1.0, "corrections")
-        dq, with_q = self._as_query(_ready(do), kept[0], _ready(q), tokens, entry, segments, scale, gated, False)
+        kept = corrections(tokens, entry, segments, gated)
+        dq, with_q = self._as_query(
+            as_computed(do), kept[0], as_computed(q), tokens, entry, segments, scale, gated, False
+        )
         return dq.to(q.dtype), (*kept, *with_q)
 
     def token_gradients(
@@ -105,17 +109,12 @@ class TritonDelta(Recurrence):
         gated: bool,
         kept: tuple[Tensor, ...],
     ) -> Tokens:
-        given, q, do, k, v = q.dtype, _ready(q), _ready(do), tokens.k, tokens.v
+        given, q, do, k, v = q.dtype, as_computed(q), as_computed(do), tokens.k, tokens.v
         B, T, H, K = k.shape
         V, n, bounds = v.shape[-1], len(segments), segments.bounds(k.device)
         kind, g, beta, G, _ = _decay(tokens)
         u = kept[0]
-        dv = torch.empty_like(v)
-        by_block: tuple[Tensor, ...] = ()
-        if gated:
-            blocks = delta_tiles(K, V, k.dtype).blocks
-            by_block = (kept[1], torch.empty(blocks, B, H, T, dtype=torch.float32, device=k.device))
-        self._correct_back(q, tokens, do, exit_gradient, entry, (dv, *by_block), segments, scale, "values")
+        dv, dbeta = value_gradient((q, k), tokens, do, exit_gradient, kept, segments, scale, gated)
         decayed = gated and kind == _BY_TOKEN
         dk, with_k = self._as_query(dv, u, k, tokens, entry, segments, -1.0, gated, True)
         k_dk = S_dS = entry
@@ -126,34 +125,13 @@ class TritonDelta(Recurrence):
         launch(q, k, u, do, dv, dk, g, G, exit_gradient, entry, k_dk, S_dS, bounds)
         gates: tuple[Tensor, ...] = ()
         if gated:
-            gates = (by_block[1].sum(0).transpose(1, 2).to(beta.dtype),)
+            gates = (dbeta.to(beta.dtype),)
         if decayed:
             dg = torch.empty_like(g)
             sums = (kept[2].add_(with_k[0]).sum(0), k_dk.sum(0), S_dS.sum(0))
             _gate_gradient(B, T, H, n)(dg, *sums, bounds)
             gates = (dg, *gates)
         return Tokens(dk.to(given), dv.to(given), gates)
-
-    def _correct(
-        self, q: Tensor, tokens: Tokens, S: Tensor, A: Tensor, out: tuple[Tensor, ...], segments: Segments, scale: float,
-        role: str,
-    ) -> None:  # fmt: skip
-        B, T, H, K = tokens.k.shape
-        kind, g, _, G, W = _decay(tokens)
-        launch = _correct(B, T, H, K, tokens.v.shape[-1], len(segments), q.dtype, kind, role, len(out) > 1, scale)
-        written = (*out, S, S)[:2]
-        launch(q, tokens.k, tokens.v, W, g, G, S, A, *written, segments.bounds(q.device))
-
-    def _correct_back(
-        self, q: Tensor, tokens: Tokens, do: Tensor, dS: Tensor, A: Tensor, out: tuple[Tensor, ...], segments: Segments,
-        scale: float, role: str,
-    ) -> None:  # fmt: skip
-        """`out`: dv, and where the gates' gradients are wanted what values lack, and dbeta."""
-        B, T, H, K = tokens.k.shape
-        kind, g, _, G, W = _decay(tokens)
-        launch = _correct_back(B, T, H, K, tokens.v.shape[-1], len(segments), q.dtype, kind, role, len(out) > 1, scale)
-        dv, lacks, dbeta = (*out, *(do, do, dS)[len(out) :])
-        launch(q, tokens.k, do, W, g, G, dS, A, lacks, dv, dbeta, segments.bounds(q.device))
 
     def _as_query(
         self, do: Tensor, u: Tensor, x: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float,
@@ -171,13 +149,107 @@ class TritonDelta(Recurrence):
         return dx, kept
 
 
-def _inner(dtype: torch.dtype) -> torch.dtype:
+def corrections(tokens: Tokens, entry: Tensor, segments: Segments, gated: bool) -> tuple[Tensor, ...]:
+    """U, and if their factors have a gradient what they are of."""
+    found = tuple(torch.empty_like(tokens.v) for _ in range(2 if gated else 1))
+    _walk("corrections", (tokens.k, tokens.k), tokens, entry, entry, found, segments, 1.0)
+    return found
+
+
+def value_gradient(
+    asked: tuple[Tensor, Tensor], tokens: Tokens, do: Tensor, exit_gradient: Tensor, kept: tuple[Tensor, ...],
+    segments: Segments, scale: float, gated: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dv, and if `gated` dbeta ``[B, T, H]``; `kept` is what `corrections` gave."""
+    B, T, H, V = tokens.v.shape
+    dv = torch.empty_like(tokens.v)
+    out: tuple[Tensor, ...] = (dv,)
+    if gated:
+        blocks = delta_tiles(tokens.k.shape[-1], V, tokens.k.dtype).blocks
+        out = (dv, kept[1], torch.empty(blocks, B, H, T, dtype=torch.float32, device=dv.device))
+    _walk_back("values", asked, tokens, do, exit_gradient, exit_gradient, out, segments, scale)
+    return dv, out[2].sum(0).transpose(1, 2) if gated else dv
+
+
+def _walk(
+    role: str, asked: tuple[Tensor, Tensor], tokens: Tokens, S: Tensor, A: Tensor, out: tuple[Tensor, ...],
+    segments: Segments, scale: float,
+) -> None:  # fmt: skip
+    k, v = tokens.k, tokens.v
+    B, T, H, K = k.shape
+    way = _Way.of(tokens, segments)
+    launch = _correct(B, T, H, K, v.shape[-1], len(segments), way.anchors, k.dtype, way.kind, role, len(out) > 1, scale)
+    q, P = asked
+    written = (*out, S, S)[:2]
+    launch(q, way.k, v, way.W, way.g, way.G, S, A, *written, way.ends, P, way.M, way.whole, way.bounds, way.chunks)
+
+
+def _walk_back(
+    role: str, asked: tuple[Tensor, Tensor], tokens: Tokens, do: Tensor, dS: Tensor, A: Tensor, out: tuple[Tensor, ...],
+    segments: Segments, scale: float,
+) -> None:  # fmt: skip
+    """`out`: dv, and where the gates' gradients are wanted what values lack, and dbeta."""
+    B, T, H, K = tokens.k.shape
+    way = _Way.of(tokens, segments)
+    launch = _correct_back(
+        B, T, H, K, do.shape[-1], len(segments), way.anchors, do.dtype, way.kind, role, len(out) > 1, scale
+    )
+    q, P = asked
+    dv, lacks, dbeta = (*out, *(do, do, dS)[len(out) :])
+    launch(
+        q, way.k, do, way.W, way.g, way.G, dS, A, lacks, dv, dbeta,
+        way.ends, P, way.M, way.whole, way.bounds, way.chunks,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What the walks ask of prepared tokens, with something in the place of what there is not.
+
+    Attributes:
+        kind: of the decay.
+        k: the keys; decayed from their chunk's start where the decay is by key.
+        ends: the keys decayed to their chunk's end, likewise.
+        W: the solutions of the chunks' systems.
+        M: the pairs of keys, likewise.
+        g: the log-decay, and G its running sums, of a decay a head.
+        whole: the chunks' log-decays, by key.
+        anchors: how many chunks there are, by key.
+        bounds: of the segments.
+        chunks: how many there are before each segment, by key.
+    """
+
+    kind: int
+    k: Tensor
+    ends: Tensor
+    W: Tensor
+    M: Tensor
+    g: Tensor
+    G: Tensor
+    whole: Tensor
+    anchors: int
+    bounds: Tensor
+    chunks: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tokens, segments: Segments) -> _Way:
+        k, bounds = tokens.k, segments.bounds(tokens.k.device)
+        if len(tokens.gates) == 7:
+            _, _, starts, ends, W, M, whole = tokens.gates
+            anchors, chunks = segments.chunks(W.shape[-1], k.device)
+            return cls(_BY_KEY, starts, ends, W, M, whole, whole, whole, anchors, bounds, chunks)
+        kind, g, _, G, W = _decay(tokens)
+        return cls(kind, k, k, W, W, g, G, G, 0, bounds, bounds)
+
+
+def inner(dtype: torch.dtype) -> torch.dtype:
     """In what tokens of a dtype are computed."""
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
-def _ready(x: Tensor) -> Tensor:
-    return ready(x.to(_inner(x.dtype)))
+def as_computed(x: Tensor) -> Tensor:
+    """x in the dtype that it is computed in, as kernels take it."""
+    return ready(x.to(inner(x.dtype)))
 
 
 def _decay(tokens: Tokens) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
@@ -204,7 +276,8 @@ def _unwritten(tokens: Tokens, segments: Segments) -> Summary:
 _once = lru_cache(maxsize=4096)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
+    """How products of tokens of a dtype are computed."""
     return "bf16" if dtype == torch.bfloat16 else "tf32x3"
 
 
@@ -218,32 +291,34 @@ def _cumulate(B: int, T: int, H: int, n: int, size: int, C: int) -> Launch:
 def _invert(B: int, T: int, H: int, K: int, n: int, size: int, tile: Tiles, dtype: torch.dtype, kind: int) -> Launch:
     return invert.launch(
         (B * H, n, -(-size // tile.C)), T, H,
-        K=K, BK=tile.BA, C=tile.C, SOLVED=_SOLVED, LEVELS=(tile.C // _SOLVED).bit_length() - 1,
-        DECAY=kind, EXACT=dtype == torch.float32, PRECISION=_precision(dtype), warps=4,
+        K=K, BK=tile.BA, C=tile.C, SOLVED=SOLVED, LEVELS=(tile.C // SOLVED).bit_length() - 1,
+        DECAY=kind, EXACT=dtype == torch.float32, PRECISION=precision(dtype), warps=4,
     )  # fmt: skip
 
 
 @_once
 def _correct(
-    B: int, T: int, H: int, K: int, V: int, n: int, dtype: torch.dtype, kind: int, role: str, gated: bool, scale: float
+    B: int, T: int, H: int, K: int, V: int, n: int, anchors: int, dtype: torch.dtype, kind: int, role: str,
+    gated: bool, scale: float,
 ) -> Launch:  # fmt: skip
     tile = delta_tiles(K, K if role == "transition" else V, dtype)
     return correct.launch(
-        (B * H, n, tile.blocks), scale, T, H, n,
+        (B * H, n, tile.blocks), scale, T, H, n, anchors,
         K=K, V=V, BK=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ROLE=role, GATED=gated, EXACT=dtype == torch.float32,
-        STAGES=tile.stages, PRECISION=_precision(dtype), warps=tile.warps,
+        STAGES=tile.stages, PRECISION=precision(dtype), warps=tile.warps,
     )  # fmt: skip
 
 
 @_once
 def _correct_back(
-    B: int, T: int, H: int, K: int, V: int, n: int, dtype: torch.dtype, kind: int, role: str, gated: bool, scale: float
+    B: int, T: int, H: int, K: int, V: int, n: int, anchors: int, dtype: torch.dtype, kind: int, role: str,
+    gated: bool, scale: float,
 ) -> Launch:  # fmt: skip
     tile = delta_tiles(K, K if role == "transition" else V, dtype)
     return correct_back.launch(
-        (B * H, n, tile.blocks), scale, 1 / scale, T, H, n,
+        (B * H, n, tile.blocks), scale, 1 / scale, T, H, n, anchors,
         K=K, V=V, BK=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ROLE=role, GATED=gated, EXACT=dtype == torch.float32,
-        STAGES=tile.stages, PRECISION=_precision(dtype), warps=tile.warps,
+        STAGES=tile.stages, PRECISION=precision(dtype), warps=tile.warps,
     )  # fmt: skip
 
 
@@ -259,7 +334,7 @@ def _attend(
     return attend.launch(
         (B * H, n, tile.blocks), scale, T, H, n,
         DA=DA, DC=DC, BA=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ACROSS=True, STRICT=strict,
-        EXACT=dtype == torch.float32, GATED=gated, STAGES=tile.stages, PRECISION=_precision(dtype), warps=tile.warps,
+        EXACT=dtype == torch.float32, GATED=gated, STAGES=tile.stages, PRECISION=precision(dtype), warps=tile.warps,
     )  # fmt: skip
 
 
@@ -271,7 +346,7 @@ def _key_gradient(
     return key_gradient.launch(
         (B * H, n, tile.blocks), scale, 1 / scale, T, H, n,
         K=K, V=V, BV=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, GATED=gated, EXACT=dtype == torch.float32,
-        STAGES=min(tile.stages, 2), PRECISION=_precision(dtype), warps=tile.warps,
+        STAGES=min(tile.stages, 2), PRECISION=precision(dtype), warps=tile.warps,
     )  # fmt: skip
 
 

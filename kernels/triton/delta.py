@@ -19,8 +19,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.head_decay import NONE, running_sums, sums_after
+from lasp.kernels.triton.head_decay import BY_TOKEN, NONE, running_sums, sums_after
 from lasp.kernels.triton.language import LOG2E, add_product, fine_product, product, tokens_of
+
+#: A decay of each key dimension: keys, queries and pairs come decayed, from `key_delta`.
+BY_KEY: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
@@ -41,7 +44,7 @@ def _decay(g, within, position, head, H, valid, rows, DOWN: tl.constexpr, EXACT:
 
 
 @triton.jit
-def _inverse(N, C: tl.constexpr, SOLVED: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def inverse(N, C: tl.constexpr, SOLVED: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """``(I − N)⁻¹`` for a strictly lower ``N: [C, C]``: row by row within blocks of SOLVED rows, by products beyond them.
 
     With X the blocks' own inverses and Y = X N without the blocks it is ``(I + Y)(I + Y²)(I + Y⁴) .. X``: a product of as many
@@ -109,10 +112,10 @@ def invert(
             within, _ = running_sums(G + bh * T + start + t, length - t, rows, C)
             M *= _decay(g, within, position, head, H, valid, rows, False, EXACT)
         N = tl.where(rows[:, None] > rows[None, :], -b[:, None] * M, 0.0)
-        ws.store([t, 0], (_inverse(N, C, SOLVED, LEVELS, PRECISION) * b[None, :]).to(W.dtype.element_ty))
+        ws.store([t, 0], (inverse(N, C, SOLVED, LEVELS, PRECISION) * b[None, :]).to(W.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "H", "n"])
+@triton.jit(do_not_specialize=["T", "H", "n", "anchors"])
 def correct(
     q,
     k,
@@ -124,11 +127,17 @@ def correct(
     A,
     out,
     lacks,
+    ends,
+    P,
+    M,
+    whole_of,
     bounds,
+    chunks,
     scale,
     T,
     H,
     n,
+    anchors,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -145,7 +154,8 @@ def correct(
 
     ROLE: "summary" writes the state that a segment leaves from nothing, ``S: [B, n, H, K, V]``, and "transition" what it leaves
     of a state, ``A: [B, n, H, K, K]``; "corrections" writes ``U: [B, T, H, V]`` and "output" o, when S enters. GATED: with U
-    also ``lacks``, what values lack of what the state before them gives for their keys: U is β times it.
+    also ``lacks``, what values lack of what the state before them gives for their keys: U is β times it. BY_KEY: q and k are
+    those from the chunk's start, ``ends`` the keys to its end.
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -157,6 +167,11 @@ def correct(
     DC: tl.constexpr = K if ROLE == "transition" else V
     ks = tokens_of(k, first, length, H, K, C, BK)
     ws = tokens_of(W, first, length, H, C, C, C)
+    if DECAY == BY_KEY:
+        ending = tokens_of(ends, first, length, H, K, C, BK)
+        ps = tokens_of(P, first, length, H, C, C, C)
+        ms = tokens_of(M, first, length, H, C, C, C)
+        decays = whole_of + (bh * anchors + tl.load(chunks + segment)) * K + tl.arange(0, BK)
     if ROLE != "transition":
         vs = tokens_of(v, first, length, H, V, C, BC)
     if ROLE == "output":
@@ -185,8 +200,11 @@ def correct(
         if ROLE == "output":
             tq = tl.trans(qs.load([t, 0]))
             o = product(St, tq, PRECISION)
-            p = product(tk, tq, PRECISION)
-        if DECAY != NONE:
+            if DECAY == BY_KEY:
+                p = tl.trans(ps.load([t, 0]))
+            else:
+                p = product(tk, tq, PRECISION)
+        if DECAY == BY_TOKEN:
             valid = tl.minimum(length - t, C)
             within, whole = running_sums(G + bh * T + start + t, length - t, rows, C)
             lack *= tl.exp2(within)[None, :]
@@ -197,7 +215,7 @@ def correct(
             if ROLE == "output":
                 o *= tl.exp2(within)[None, :]
                 p *= _decay(g, within, batch * T + start + t, head, H, valid, rows, True, EXACT)
-        elif ROLE == "output":
+        elif ROLE == "output" and DECAY == NONE:
             p = tl.where(rows[:, None] <= rows[None, :], p, 0.0)
         if ROLE == "transition":
             lack = -lack
@@ -211,23 +229,29 @@ def correct(
             outs.store([t, block * BC], tl.trans(u.to(out.dtype.element_ty)))
         if GATED:
             # Not U over β: what is wrong with U comes in again times M, which is small.
-            m = product(tk, tl.trans(tk), PRECISION)
-            if DECAY != NONE:
-                m *= _decay(g, within, batch * T + start + t, head, H, valid, rows, True, EXACT)
-            m = tl.where(rows[:, None] < rows[None, :], m, 0.0)
-            lack -= product(u, m, PRECISION)
+            if DECAY == BY_KEY:
+                lack -= product(u, tl.trans(ms.load([t, 0])), PRECISION)
+            else:
+                m = product(tk, tl.trans(tk), PRECISION)
+                if DECAY == BY_TOKEN:
+                    m *= _decay(g, within, batch * T + start + t, head, H, valid, rows, True, EXACT)
+                lack -= product(u, tl.where(rows[:, None] < rows[None, :], m, 0.0), PRECISION)
             lacking.store([t, block * BC], tl.trans(lack.to(lacks.dtype.element_ty)))
-        if DECAY != NONE:
-            St *= tl.exp2(whole)
-            u *= tl.exp2(leave)[None, :]
-        St = add_product(St, u, tk, PRECISION)
+        if DECAY == BY_KEY:
+            St *= tl.exp2(tl.load(decays + i * K, mask=right < K, other=0.0))[None, :]
+            St = add_product(St, u, ending.load([t, 0]), PRECISION)
+        else:
+            if DECAY == BY_TOKEN:
+                St *= tl.exp2(whole)
+                u *= tl.exp2(leave)[None, :]
+            St = add_product(St, u, tk, PRECISION)
     if ROLE == "transition":
         tl.store(A + place * (K * K) + right[None, :] * K + down[:, None], St, mask=inside)
     elif ROLE == "summary":
         tl.store(S + place * (K * V) + right[None, :] * V + down[:, None], St, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "n"])
+@triton.jit(do_not_specialize=["T", "H", "n", "anchors"])
 def correct_back(
     q,
     k,
@@ -240,12 +264,18 @@ def correct_back(
     lacks,
     dv,
     dbeta,
+    ends,
+    P,
+    M,
+    whole_of,
     bounds,
+    chunks,
     scale,
     unscale,
     T,
     H,
     n,
+    anchors,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -274,6 +304,11 @@ def correct_back(
     DC: tl.constexpr = K if ROLE == "transition" else V
     ks = tokens_of(k, first, length, H, K, C, BK)
     ws = tokens_of(W, first, length, H, C, C, C)
+    if DECAY == BY_KEY:
+        ending = tokens_of(ends, first, length, H, K, C, BK)
+        ps = tokens_of(P, first, length, H, C, C, C)
+        ms = tokens_of(M, first, length, H, C, C, C)
+        decays = whole_of + (bh * anchors + tl.load(chunks + segment)) * K + tl.arange(0, BK)
     if ROLE != "transition":
         qs = tokens_of(q, first, length, H, K, C, BK)
         dos = tokens_of(do, first, length, H, V, C, BC)
@@ -298,12 +333,18 @@ def correct_back(
     for i in tl.range(0, count, num_stages=STAGES):
         t = (count - 1 - i) * C
         tk = ks.load([t, 0])
-        du = product(St, tl.trans(tk), PRECISION)
+        if DECAY == BY_KEY:
+            du = product(St, tl.trans(ending.load([t, 0])), PRECISION)
+        else:
+            du = product(St, tl.trans(tk), PRECISION)
         if ROLE != "transition":
             tq = qs.load([t, 0])
-            p = product(tq, tl.trans(tk), PRECISION)
+            if DECAY == BY_KEY:
+                p = ps.load([t, 0])
+            else:
+                p = product(tq, tl.trans(tk), PRECISION)
             tdo = tl.trans(dos.load([t, block * BC]))
-        if DECAY != NONE:
+        if DECAY == BY_TOKEN:
             valid = tl.minimum(length - t, C)
             within, whole = running_sums(G + bh * T + start + t, length - t, rows, C)
             if EXACT:
@@ -313,7 +354,7 @@ def correct_back(
             du *= tl.exp2(leave)[None, :]
             if ROLE != "transition":
                 p *= _decay(g, within, batch * T + start + t, head, H, valid, rows, False, EXACT)
-        elif ROLE != "transition":
+        elif ROLE != "transition" and DECAY == NONE:
             p = tl.where(rows[:, None] >= rows[None, :], p, 0.0)
         if ROLE != "transition":
             du = add_product(du, tdo, p, PRECISION)
@@ -322,13 +363,19 @@ def correct_back(
             dvs.store([t, block * BC], tl.trans((z * scale).to(dv.dtype.element_ty)))
             if GATED:
                 # dv over β, as in `correct`.
-                m = product(tk, tl.trans(tk), PRECISION)
-                if DECAY != NONE:
-                    m *= _decay(g, within, batch * T + start + t, head, H, valid, rows, False, EXACT)
-                du -= product(z, tl.where(rows[:, None] > rows[None, :], m, 0.0), PRECISION)
+                if DECAY == BY_KEY:
+                    du -= product(z, ms.load([t, 0]), PRECISION)
+                else:
+                    m = product(tk, tl.trans(tk), PRECISION)
+                    if DECAY == BY_TOKEN:
+                        m *= _decay(g, within, batch * T + start + t, head, H, valid, rows, False, EXACT)
+                    du -= product(z, tl.where(rows[:, None] > rows[None, :], m, 0.0), PRECISION)
                 du *= tl.trans(lacking.load([t, block * BC])).to(tl.float32)
                 tl.store(dbeta + along + t + rows, tl.sum(du, 0) * scale, mask=rows < length - t)
-        if DECAY == NONE:
+        if DECAY != BY_TOKEN:
+            if DECAY == BY_KEY:
+                # The last chunk comes first.
+                St *= tl.exp2(tl.load(decays + (count - 1 - i) * K, mask=right < K, other=0.0))[None, :]
             if ROLE != "transition":
                 St = add_product(St, tdo, tq, PRECISION)
             St = add_product(St, -z, tk, PRECISION)

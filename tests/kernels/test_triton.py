@@ -16,6 +16,7 @@ from tests.support import Inputs, assert_close, poisoned_memory, relative_error
 pytest.importorskip("triton")
 from lasp.kernels.triton import dense_scan, scan
 from lasp.kernels.triton.corrected import TritonDelta
+from lasp.kernels.triton.key_corrected import TritonKeyDelta
 from lasp.kernels.triton.recurrences import TritonHeadDecay, TritonKeyDecay
 
 GPU = torch.cuda.is_available()
@@ -27,6 +28,8 @@ GATES_TOLERANCE = {**TOLERANCE, torch.bfloat16: 2e-3}
 DELTA_TOLERANCE = {**TOLERANCE, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 #: The axes of the log-decays.
 DECAYS = {"none": None, "constant": "H", "by token": "B T H", "by key": "B T H K"}
+#: The forms of the delta rule, by decay.
+DELTAS = {"none": TritonDelta, "by token": TritonDelta, "by key": TritonKeyDelta}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
@@ -91,7 +94,7 @@ def check(
         gates = (g.to(DEVICE),)
     names = ("dg",) * len(gates)
     tolerance = TOLERANCE
-    if form is TritonDelta:
+    if issubclass(form, TritonDelta):
         # Keys of length 1 and beta up to 2: some eigenvalues are negative, none is above 1. One token corrects nothing.
         beta = 2 * Inputs(3, torch.float32).uniform(B, T, H)
         beta[:, 3] = 0
@@ -106,14 +109,14 @@ def check(
     wide = [y.double() for y in (q, k, v, do, entry, exit)]
     size = 1 << (longest - 1).bit_length()
     want = results(
-        ChunkedDelta(size) if form is TritonDelta else ChunkedDecay(size),
+        ChunkedDelta(size) if issubclass(form, TritonDelta) else ChunkedDecay(size),
         names,
         Segments(lengths, size),
         wide[0],
         Tokens(wide[1], wide[2], tuple(g.double() for g in gates)),
         *wide[3:],
     )
-    if form is not TritonDelta and gates:
+    if not issubclass(form, TritonDelta) and gates:
         assert relative_error(given.pop("dg"), want.pop("dg")) <= (gates_tolerance or GATES_TOLERANCE[dtype])
     assert_close(given, want, tolerance[dtype])
 
@@ -152,22 +155,23 @@ def test_wide_bfloat16(K: int, V: int, decay: str) -> None:
     check(form, decay, torch.bfloat16, (150,), B=1, H=1, K=K, V=V)
 
 
-@pytest.mark.parametrize("decay", ["none", "by token"])
+@pytest.mark.parametrize("decay", DELTAS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("strength", [0.3, 30])
 def test_delta_rule(decay: str, dtype: torch.dtype, strength: float) -> None:
-    check(TritonDelta, decay, dtype, (70, 1, 23), strength, B=1, H=2, K=16, V=24)
+    check(DELTAS[decay], decay, dtype, (70, 1, 23), strength, B=1, H=2, K=16, V=24)
 
 
 @pytest.mark.parametrize(("K", "V"), [(20, 72), (128, 16), (16, 256), (256, 256)])
-def test_delta_rule_widths(K: int, V: int) -> None:
-    check(TritonDelta, "by token", torch.float32, (33,), B=1, H=1, K=K, V=V)
+@pytest.mark.parametrize("decay", ["by token", "by key"])
+def test_delta_rule_widths(K: int, V: int, decay: str) -> None:
+    check(DELTAS[decay], decay, torch.float32, (33,), B=1, H=1, K=K, V=V)
 
 
 @pytest.mark.parametrize(("K", "V"), [(128, 128), (256, 64), (64, 256)])
-@pytest.mark.parametrize("decay", ["none", "by token"])
+@pytest.mark.parametrize("decay", DELTAS)
 def test_delta_rule_wide_bfloat16(K: int, V: int, decay: str) -> None:
-    check(TritonDelta, decay, torch.bfloat16, (150,), B=1, H=1, K=K, V=V)
+    check(DELTAS[decay], decay, torch.bfloat16, (150,), B=1, H=1, K=K, V=V)
 
 
 def test_delta_rule_of_keys_all_alike() -> None:

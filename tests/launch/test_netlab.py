@@ -53,9 +53,12 @@ def test_bytes_off_the_interfaces(tmp_path: Path) -> None:
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
 def test_nothing_stays(tmp_path: Path, told: signal.Signals) -> None:
     arguments = ("--calls", "100000", "--result", str(tmp_path / "never.json"))
+    # Where the tests run in the background an interrupt is ignored, and children would ignore it too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     lab = subprocess.Popen(
         command(2, "1gbit", *arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 60
     while len(left(lab.pid)) < 5 and time.monotonic() < until:
         time.sleep(0.1)
