@@ -17,8 +17,8 @@ from torch import Tensor
 from lasp.kernels import triton as forms
 from lasp.launch.record import command_of, record
 from lasp.launch.timing import ceilings, milliseconds
-from lasp.layers.norm import rms_norm
 from lasp.ops import causal_conv1d
+from lasp.ops.norm import rms_norm
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ TILE, BY_THREAD = 2048, 16
 WARPS = 32
 
 
-def rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """``x / rms(x) · weight · silu(gate)``, every N numbers of the last axis by themselves.
+def rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str = "silu") -> Tensor:
+    """``x / rms(x) · weight · activation(gate)``, every N numbers of the last axis by themselves.
 
     https://arxiv.org/abs/1910.07467, eq. 4; the gate as in https://arxiv.org/abs/2307.08621, eq. 8.
 
@@ -35,20 +35,19 @@ def rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tens
         gate: alike, in a dtype of its own, or None.
         weight: ``[N]``, N at most `WIDEST`.
         eps: added to the mean square.
+        activation: ``"silu"`` or ``"sigmoid"``.
 
     Returns:
         Alike, in x's dtype.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.lasp.rms_norm(x, gate, weight, eps)
-    return _RMSNorm.apply(x, gate, weight, eps)
+        return torch.ops.lasp.rms_norm(x, gate, weight, eps, activation)
+    return _RMSNorm.apply(x, gate, weight, eps, activation)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def norm_forward(
-    x, gate, weight, y, rows, eps, N: tl.constexpr, GATED: tl.constexpr, R: tl.constexpr, BN: tl.constexpr
-):
-    """Grid: (blocks of R rows, 1, 1). Rows of N numbers, in tiles ``[R, BN]``."""
+def norm_forward(x, gate, weight, y, rows, eps, N: tl.constexpr, GATE: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
+    """Grid: (blocks of R rows, 1, 1). Rows of N numbers, in tiles ``[R, BN]``. GATE: "silu", "sigmoid", or "" for none."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.arange(0, BN)
     inside = (row < rows)[:, None] & (column < N)[None, :]
@@ -57,9 +56,11 @@ def norm_forward(
     scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(values * values, axis=1) / N + eps)
     normed = values * rstd[:, None] * scale[None, :]
-    if GATED:
+    if GATE != "":
         opening = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-        normed *= opening * tl.sigmoid(opening)
+        normed *= tl.sigmoid(opening)
+        if GATE == "silu":
+            normed *= opening
     tl.store(y + at, normed.to(y.dtype.element_ty), mask=inside)
 
 
@@ -75,7 +76,7 @@ def norm_backward(
     rows,
     eps,
     N: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     R: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -91,12 +92,17 @@ def norm_backward(
         slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(values * values, axis=1) / N + eps)[:, None]
         values *= rstd
-        if GATED:
+        if GATE != "":
             opening = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
             share = tl.sigmoid(opening)
-            steep = slope * values * scale[None, :] * share * (1 + opening * (1 - share))
+            steep = slope * values * scale[None, :] * share
+            if GATE == "silu":
+                steep *= 1 + opening * (1 - share)
+                share *= opening
+            else:
+                steep *= 1 - share
             tl.store(dgate + at, steep.to(dgate.dtype.element_ty), mask=inside)
-            slope *= opening * share
+            slope *= share
         total += slope * values
         slope *= scale[None, :]
         along = tl.sum(slope * values, axis=1)[:, None] / N
@@ -110,17 +116,19 @@ _forward, _backward = Kernel(norm_forward), Kernel(norm_backward)
 WIDEST = 8192
 
 
-def forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str) -> Tensor:
     """`rms_norm` without gradients."""
     x, weight = ready(x), ready(weight)
     y = torch.empty_like(x)
-    launch = _launch(_forward, None, x.numel() // weight.numel(), weight.numel(), gate is not None, eps)
+    launch = _launch(
+        _forward, None, x.numel() // weight.numel(), weight.numel(), "" if gate is None else activation, eps
+    )
     launch(x, x if gate is None else ready(gate), weight, y)
     return y
 
 
 def backward(
-    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients of x, gate and weight, each in its tensor's dtype."""
     dy, x, weight = ready(dy), ready(x), ready(weight)
@@ -132,17 +140,17 @@ def backward(
     tile, warps = _tile(width)
     programs = min(triton.cdiv(rows, tile["R"]), processors(x.device) * WARPS // warps)
     dweight = x.new_empty(programs, width, dtype=torch.float32)
-    launch = _launch(_backward, programs, rows, width, gate is not None, eps)
+    launch = _launch(_backward, programs, rows, width, "" if gate is None else activation, eps)
     launch(x, x if gate is None else gate, weight, dy, dx, dx if dgate is None else dgate, dweight)
     return dx, dgate, dweight.sum(0).to(weight.dtype)
 
 
 @lru_cache(maxsize=1024)
-def _launch(kernel: Kernel, programs: int | None, rows: int, width: int, gated: bool, eps: float) -> Launch:
+def _launch(kernel: Kernel, programs: int | None, rows: int, width: int, gate: str, eps: float) -> Launch:
     """By so many programs, or by one for each tile."""
     tile, warps = _tile(width)
     grid = (programs or triton.cdiv(rows, tile["R"]), 1, 1)
-    return kernel.launch(grid, rows, eps, N=width, GATED=gated, **tile, warps=warps)
+    return kernel.launch(grid, rows, eps, N=width, GATE=gate, **tile, warps=warps)
 
 
 def _tile(width: int) -> tuple[dict[str, int], int]:
@@ -154,35 +162,39 @@ def _tile(width: int) -> tuple[dict[str, int], int]:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        ctx.eps = eps
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str) -> Tensor:
+        ctx.how = eps, activation
         ctx.save_for_backward(x, gate, weight)
-        return forward(x, gate, weight, eps)
+        return forward(x, gate, weight, eps, activation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
-        return *backward(dy, x, gate, weight, ctx.eps), None
+        return *backward(dy, x, gate, weight, *ctx.how), None, None
 
 
 # -- the same as operators of torch's library, which a compiler takes as they are --------------------------------------
 
 
 @torch.library.custom_op(
-    "lasp::rms_norm", mutates_args=(), schema="(Tensor x, Tensor? gate, Tensor weight, float eps) -> Tensor"
+    "lasp::rms_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? gate, Tensor weight, float eps, str activation) -> Tensor",
 )
-def _operator(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    return forward(x, gate, weight, eps)
+def _operator(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str) -> Tensor:
+    return forward(x, gate, weight, eps, activation)
 
 
 @torch.library.custom_op(
     "lasp::rms_norm_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? gate, Tensor weight, float eps) -> Tensor[]",
+    schema="(Tensor dy, Tensor x, Tensor? gate, Tensor weight, float eps, str activation) -> Tensor[]",
 )
-def _operator_backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
-    return [grad for grad in backward(dy, x, gate, weight, eps) if grad is not None]
+def _operator_backward(
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str
+) -> list[Tensor]:
+    return [grad for grad in backward(dy, x, gate, weight, eps, activation) if grad is not None]
 
 
 @_operator.register_fake
@@ -191,18 +203,19 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 @_operator_backward.register_fake
-def _(_dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, _eps: float) -> list[Tensor]:
+def _(_dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, *_: Any) -> list[Tensor]:
     return [y.new_empty(y.shape) for y in (x, gate, weight) if y is not None]
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, float], **_: Any) -> None:
-    *tensors, ctx.eps = inputs
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, float, str], **_: Any) -> None:
+    *tensors, eps, activation = inputs
+    ctx.how = eps, activation
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, *dgate, dweight = torch.ops.lasp.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps)
-    return dx, dgate[0] if dgate else None, dweight, None
+    dx, *dgate, dweight = torch.ops.lasp.rms_norm_backward(dy, *ctx.saved_tensors, *ctx.how)
+    return dx, dgate[0] if dgate else None, dweight, None, None
 
 
 _operator.register_autograd(_gradients, setup_context=_keep)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lasp.layers.mamba import decay_parameters
 from lasp.layers.mixer import LinearMixer, Writes
-from lasp.layers.norm import at_least_float32
 from lasp.layers.passage import Passage
 from lasp.ops.delta import decay_of
+from lasp.ops.norm import at_least_float32
 
 
 class DeltaNet(LinearMixer):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lasp.layers.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from lasp.layers.mamba import Mamba2
 from lasp.layers.mixer import LinearMixer, constant
-from lasp.layers.norm import at_least_float32
 from lasp.layers.passage import Passage
 from lasp.ops.linear import lightning_log_decay, retention_log_decay
+from lasp.ops.norm import at_least_float32
 
 #: GLA's temperature of the gates: decays start near 1.
 GATE_TEMPERATURE = 16

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.mixer import LinearMixer, Writes
-from lasp.layers.norm import GateFirstRMSNorm, at_least_float32
+from lasp.layers.norm import GateFirstRMSNorm
 from lasp.layers.passage import Passage
+from lasp.ops.norm import at_least_float32
 
 #: The rates of the decay and the time steps that a layer starts with: uniform, and uniform in the logarithm.
 RATES, TIME_STEPS = (1.0, 16.0), (1e-3, 1e-1)

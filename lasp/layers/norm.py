@@ -1,22 +1,12 @@
-"""Root-mean-square norms, computed in float32 at least and returned in the dtype of the input."""
+"""Root-mean-square norms, with an output gate and without."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.kernels import triton
-
-#: What an output gate may go through.
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is where it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from lasp.ops.norm import at_least_float32, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -80,39 +70,3 @@ class GateFirstRMSNorm(nn.Module):
         parts = wide.unflatten(-1, (self.groups, -1))
         normed = F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
         return (normed * self.weight.to(wide.dtype)).to(x.dtype)
-
-
-def rms_norm(
-    x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int = 1, activation: str = "silu"
-) -> Tensor:
-    """``x / rms(x) · weight · activation(gate)``, every N numbers of the last axis by themselves.
-
-    Args:
-        x: ``[..., groups · N]``.
-        gate: alike, or None.
-        weight: ``[N]``.
-        eps: added to the mean square.
-        groups: how many rows of N numbers the last axis holds.
-        activation: of the gate, a name in `GATES`.
-
-    Returns:
-        Alike, in x's dtype.
-
-    Raises:
-        ValueError: where the shapes do not fit.
-    """
-    if x.shape[-1] != groups * weight.shape[0] or (gate is not None and gate.shape != x.shape):
-        raise ValueError(
-            f"rms_norm: expected x [..., {groups * weight.shape[0]}] and a gate alike, given x {list(x.shape)}"
-            + ("" if gate is None else f" and gate {list(gate.shape)}")
-        )
-    if triton.serves(x):
-        from lasp.kernels.triton import norm
-
-        if weight.shape[0] <= norm.WIDEST and (gate is None or activation == "silu"):
-            return norm.rms_norm(x, gate, weight, eps)
-    wide = at_least_float32(x).unflatten(-1, (groups, -1))
-    normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).flatten(-2)
-    if gate is not None:
-        normed = normed * GATES[activation](at_least_float32(gate))
-    return normed.to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import assume_constant_result
 
-from lasp.layers.norm import at_least_float32
+from lasp.ops.norm import at_least_float32
 from lasp.parallel import SequenceParallel
 from lasp.parallel.operators import keep
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,12 +18,10 @@ from lasp.ops.inputs import (
     needs_gradient,
     sequence_of,
 )
+from lasp.ops.norm import l2_norm
 from lasp.parallel import SequenceParallel
 from lasp.parallel.layer import PendingLayer, check_layer, start_layer
 from lasp.parallel.operators import recurrence_of
-
-#: What is added to the squared length of a vector that is made of length 1, as the field does.
-NORM_EPS = 1e-6
 
 
 @dataclass
@@ -174,9 +171,7 @@ def start(
 
 def _of_the_values_heads(x: Tensor, groups: int, normalised: bool) -> Tensor:
     """Queries or keys as the recurrence takes them: of length 1 if asked for, and as many heads as the values have."""
-    if normalised:
-        wide = x if x.dtype == torch.float64 else x.float()
-        x = (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
+    x = l2_norm(x) if normalised else x
     return x if groups == 1 else x.repeat_interleave(groups, dim=2)
 
 

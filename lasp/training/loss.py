@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lasp.layers.norm import at_least_float32
 from lasp.models import LinearLlama3
+from lasp.ops.norm import at_least_float32
 
 #: How many logits are alive at once: a gibibyte of float32.
 LOGITS = 2**28

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import triton
-from lasp.layers.norm import GatedRMSNorm, RMSNorm, rms_norm
+from lasp.layers.norm import GatedRMSNorm, RMSNorm
+from lasp.ops.norm import l2_norm, rms_norm
 from tests.support import Inputs, assert_close, poisoned_memory
 
 pytest.importorskip("triton")
@@ -32,9 +33,9 @@ def inputs(dtype: torch.dtype, gated: bool, *shape: int, width: int) -> dict[str
     return given | ({"gate": 3 * x.normal(*shape)} if gated else {})
 
 
-def results(given: dict[str, Tensor], groups: int, dy: Tensor) -> dict[str, Tensor]:
+def results(given: dict[str, Tensor], groups: int, dy: Tensor, activation: str = "silu") -> dict[str, Tensor]:
     leaves = {name: x.detach().to(dy.device).requires_grad_() for name, x in given.items()}
-    y = rms_norm(leaves["x"], leaves.get("gate"), leaves["weight"], 1e-5, groups)
+    y = rms_norm(leaves["x"], leaves.get("gate"), leaves["weight"], 1e-5, groups, activation)
     assert y.dtype == leaves["x"].dtype
     y.backward(dy)
     grads = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
@@ -42,15 +43,33 @@ def results(given: dict[str, Tensor], groups: int, dy: Tensor) -> dict[str, Tens
     return {"y": y, **grads}
 
 
-def check(dtype: torch.dtype, gated: bool, *shape: int, width: int) -> None:
+def check(dtype: torch.dtype, gated: bool, *shape: int, width: int, activation: str = "silu") -> None:
     given, dy = inputs(dtype, gated, *shape, width=width), Inputs(2, dtype).normal(*shape)
     groups = shape[-1] // width
     with poisoned_memory():
-        found = results(given, groups, dy.to(DEVICE))
-    wanted = results({name: x.double() for name, x in given.items()}, groups, dy.double())
+        found = results(given, groups, dy.to(DEVICE), activation)
+    wanted = results({name: x.double() for name, x in given.items()}, groups, dy.double(), activation)
     assert found["dx"].dtype == dtype
     assert found["dweight"].dtype == torch.float32
     assert_close(found, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_sigmoid_for_gate(dtype: torch.dtype) -> None:
+    check(dtype, True, 2, 9, 120, width=40, activation="sigmoid")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_vectors_of_length_one(dtype: torch.dtype) -> None:
+    x, dy = (Inputs(seed, dtype).normal(2, 9, 3, 40) for seed in (0, 1))
+    x[0, 0] = 0
+    leaf, wide = x.clone().to(DEVICE).requires_grad_(), x.double().requires_grad_()
+    y, expected = l2_norm(leaf), wide / (wide.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    y.backward(dy.to(DEVICE))
+    expected.backward(dy.double())
+    assert leaf.grad is not None
+    assert wide.grad is not None
+    assert_close({"y": y, "dx": leaf.grad}, {"y": expected, "dx": wide.grad}, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
@@ -112,10 +131,10 @@ def test_the_operators_are_what_torch_asks_of_them(gated: bool) -> None:
     given = inputs(torch.float32, gated, 3, 16, width=8)
     leaves = [x.to(DEVICE).requires_grad_() for x in (given["x"], given["weight"])]
     gate = given["gate"].to(DEVICE).requires_grad_() if gated else None
-    torch.library.opcheck(torch.ops.lasp.rms_norm, (leaves[0], gate, leaves[1], 1e-5))
+    torch.library.opcheck(torch.ops.lasp.rms_norm, (leaves[0], gate, leaves[1], 1e-5, "silu"))
     plain = [x.detach() for x in leaves]
     gate = None if gate is None else gate.detach()
-    torch.library.opcheck(torch.ops.lasp.rms_norm_backward, (plain[0], plain[0], gate, plain[1], 1e-5))
+    torch.library.opcheck(torch.ops.lasp.rms_norm_backward, (plain[0], plain[0], gate, plain[1], 1e-5, "silu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
