@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import SequenceLayout, SequenceParallel
-from lasp.ops import causal_conv1d, gla, linear_attn, simple_gla, softmax_attn
+from lasp.ops import causal_conv1d, delta_rule, gla, kda, linear_attn, simple_gla, softmax_attn
 
 pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(60)]
 Groups = dict[int, dist.ProcessGroup]
@@ -112,7 +112,20 @@ def test_wrong_shapes_everywhere(sp: SequenceParallel) -> None:
             r"gla: g must be \[B, T, H, K\] = \[1, 4, 2, 4\], given \[1, 4, 2, 3\]",
         ),
         (lambda: gla(**x, g=g[..., 0], sp=sp), r"gla: g must be \[B, T, H, K\], given \[1, 4, 2\]"),
-        (lambda: linear_attn(x["q"], x["k"], x["v"][:, :, :1], sp=sp), r"linear_attn: v must be \[B, T, H, V\]"),
+        (lambda: linear_attn(x["q"], x["k"], x["v"][:, 1:], sp=sp), r"linear_attn: v must be \[B, T, H, V\]"),
+        (
+            lambda: linear_attn(x["q"], x["k"], x["v"][:, :, :1], sp=sp),
+            "linear_attn: v must have as many heads as q and k, or a multiple",
+        ),
+        (
+            lambda: delta_rule(**x, beta=g[..., 0, 0], sp=sp),
+            r"delta_rule: beta must be \[B, T, H\] = \[1, 4, 2\], given \[1, 4\]",
+        ),
+        (lambda: kda(**x, g=g[..., 0], beta=-g[..., 0], sp=sp), r"kda: g must be \[B, T, H, K\], given \[1, 4, 2\]"),
+        (
+            lambda: kda(**x, g=g, beta=-g[..., 0], use_gate_in_kernel=True, sp=sp),
+            "kda: use_gate_in_kernel=True needs A_log",
+        ),
         (lambda: linear_attn(x["q"][..., :2], x["k"], x["v"], sp=sp), "linear_attn: q and k must be alike"),
         (lambda: linear_attn(**x, cu_seqlens=[0, 4], sp=sp), "cu_seqlens= was given beside sp="),
         (lambda: linear_attn(**x, initial_state=torch.zeros(2, H, K, V), sp=sp), "linear_attn: initial_state must be"),
