@@ -13,7 +13,7 @@ from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton import delta, head_decay
 from lasp.kernels.triton.launch import Kernel, Launch, ready
-from lasp.kernels.triton.recurrences import attend, cumulate, gate_gradient
+from lasp.kernels.triton.recurrences import attend, cumulate_launch, gate_gradient_launch
 from lasp.kernels.triton.tiling import Tiles, delta_tiles, gated_tiles, processors, segment_size, tiles
 
 _NONE, _BY_TOKEN, _BY_KEY = head_decay.NONE.value, head_decay.BY_TOKEN.value, delta.BY_KEY.value
@@ -61,7 +61,7 @@ class TritonDelta(Recurrence):
         if decay:
             kind, g = _BY_TOKEN, ready(decay[0].expand(k.shape[:3]))
             G = torch.empty(B, H, T, dtype=torch.float32, device=k.device)
-            _cumulate(B, T, H, len(segments), segments.size, tile.C)(g, G, bounds)
+            cumulate_launch(B, T, H, len(segments), segments.size, tile.C)(g, G, bounds)
         W = torch.empty(B, T, H, tile.C, dtype=k.dtype, device=k.device)
         _invert(B, T, H, K, len(segments), segments.size, tile, k.dtype, kind)(k, beta, g, G, W, bounds)
         return Tokens(k, v, (g, beta, G, W) if decay else (beta, W))
@@ -129,7 +129,7 @@ class TritonDelta(Recurrence):
         if decayed:
             dg = torch.empty_like(g)
             sums = (kept[2].add_(with_k[0]).sum(0), k_dk.sum(0), S_dS.sum(0))
-            _gate_gradient(B, T, H, n)(dg, *sums, bounds)
+            gate_gradient_launch(B, T, H, n, 1, kind)(dg, *sums, bounds)
             gates = (dg, *gates)
         return Tokens(dk.to(given), dv.to(given), gates)
 
@@ -282,12 +282,6 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @_once
-def _cumulate(B: int, T: int, H: int, n: int, size: int, C: int) -> Launch:
-    BH = 8
-    return cumulate.launch((n, min(64, -(-size // C)), B * -(-H // BH)), T, H, warps=2, C=C, BH=BH)
-
-
-@_once
 def _invert(B: int, T: int, H: int, K: int, n: int, size: int, tile: Tiles, dtype: torch.dtype, kind: int) -> Launch:
     return invert.launch(
         (B * H, n, -(-size // tile.C)), T, H,
@@ -348,8 +342,3 @@ def _key_gradient(
         K=K, V=V, BV=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, GATED=gated, EXACT=dtype == torch.float32,
         STAGES=min(tile.stages, 2), PRECISION=precision(dtype), warps=tile.warps,
     )  # fmt: skip
-
-
-@_once
-def _gate_gradient(B: int, T: int, H: int, n: int) -> Launch:
-    return gate_gradient.launch((B * H, n, 1), T, H, n, 1, DECAY=_BY_TOKEN, BLOCK=4096, warps=8)

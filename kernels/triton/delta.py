@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.head_decay import BY_TOKEN, NONE, running_sums, sums_after
-from lasp.kernels.triton.language import LOG2E, add_product, fine_product, product, tokens_of
+from lasp.kernels.triton.language import LOG2E, add_product, fine_product, product, segment_of, tokens_of
 
 #: A decay of each key dimension: keys, queries and pairs come decayed, from `key_delta`.
 BY_KEY: tl.constexpr = tl.constexpr(3)
@@ -93,11 +93,7 @@ def invert(
 ):
     """``W: [B, T, H, C]`` of each chunk, a row a token. Grid: (B · H, segments, chunks of the longest)."""
     bh = tl.program_id(0).to(tl.int64)
-    segment = tl.program_id(1)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    batch, head, start, length, first = segment_of(bounds, T, H)
     ks = tokens_of(k, first, length, H, K, C, BK)
     ws = tokens_of(W, first, length, H, C, C, C)
     rows = tl.arange(0, C)
@@ -160,10 +156,7 @@ def correct(
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     block = tl.program_id(2)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    batch, head, start, length, first = segment_of(bounds, T, H)
     DC: tl.constexpr = K if ROLE == "transition" else V
     ks = tokens_of(k, first, length, H, K, C, BK)
     ws = tokens_of(W, first, length, H, C, C, C)
@@ -297,10 +290,7 @@ def correct_back(
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     block = tl.program_id(2)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    batch, head, start, length, first = segment_of(bounds, T, H)
     DC: tl.constexpr = K if ROLE == "transition" else V
     ks = tokens_of(k, first, length, H, K, C, BK)
     ws = tokens_of(W, first, length, H, C, C, C)
@@ -429,10 +419,7 @@ def key_gradient(
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     block = tl.program_id(2)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    batch, head, start, length, first = segment_of(bounds, T, H)
     qs = tokens_of(q, first, length, H, K, C, BC)
     ks = tokens_of(k, first, length, H, K, C, BC)
     dks = tokens_of(dk, first, length, H, K, C, BC)

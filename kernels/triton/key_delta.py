@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.delta import inverse
-from lasp.kernels.triton.language import LOG2E, fine_product, product, tokens_of
+from lasp.kernels.triton.language import LOG2E, fine_product, product, segment_of, tokens_of
 
 
 @triton.jit
@@ -77,10 +77,7 @@ def scale_keys(
     """
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    batch, head, start, length, first = segment_of(bounds, T, H)
     ks = tokens_of(k, first, length, H, K, C, BK)
     gs = tokens_of(g, first, length, H, K, C, BK)
     starting = tokens_of(starts, first, length, H, K, C, BK)
@@ -132,12 +129,7 @@ def scale_queries(
 
     Grid: as of `scale_keys`.
     """
-    bh = tl.program_id(0).to(tl.int64)
-    segment = tl.program_id(1)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    _, _, _, length, first = segment_of(bounds, T, H)
     qs = tokens_of(q, first, length, H, K, C, BK)
     ks = tokens_of(k, first, length, H, K, C, BK)
     gs = tokens_of(g, first, length, H, K, C, BK)
@@ -189,10 +181,7 @@ def read_states(
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     block = tl.program_id(2)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    batch, head, _, length, first = segment_of(bounds, T, H)
     reading = tokens_of(a, first, length, H, V, C, BV)
     us = tokens_of(u, first, length, H, V, C, BV)
     ending = tokens_of(ends, first, length, H, K, C, BC)
@@ -243,10 +232,7 @@ def read_gradients(
     bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     block = tl.program_id(2)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    batch, head, _, length, first = segment_of(bounds, T, H)
     us = tokens_of(u, first, length, H, V, C, BV)
     dos = tokens_of(do, first, length, H, V, C, BV)
     dvs = tokens_of(dv, first, length, H, V, C, BV)
@@ -300,12 +286,7 @@ def query_gradient(
 
     Also ``change: [B, T, H, K]``, float32: q ⊙ dq without what a token gives to itself.
     """
-    bh = tl.program_id(0).to(tl.int64)
-    segment = tl.program_id(1)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    _, _, _, length, first = segment_of(bounds, T, H)
     qs = tokens_of(q, first, length, H, K, C, BK)
     ks = tokens_of(k, first, length, H, K, C, BK)
     gs = tokens_of(g, first, length, H, K, C, BK)
@@ -363,12 +344,7 @@ def key_gradient(
 
     To ``change``, that of `query_gradient`, comes what k has of it: as a query less as a key. Grid: as of `scale_keys`.
     """
-    bh = tl.program_id(0).to(tl.int64)
-    segment = tl.program_id(1)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
-    first = (batch * T + start) * H + head
+    _, _, _, length, first = segment_of(bounds, T, H)
     qs = tokens_of(q, first, length, H, K, C, BK)
     ks = tokens_of(k, first, length, H, K, C, BK)
     gs = tokens_of(g, first, length, H, K, C, BK)
@@ -415,11 +391,8 @@ def gate_gradient(change, S_dS, dg, bounds, T, H, n, K: tl.constexpr, C: tl.cons
 
     Grid: (B · H, segments, blocks of BC key dimensions).
     """
-    bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
-    batch, head = bh // H, bh % H
-    start = tl.load(bounds + segment)
-    length = (tl.load(bounds + segment + 1) - start).to(tl.int32)
+    batch, head, start, length, _ = segment_of(bounds, T, H)
     across = tl.program_id(2) * BC + tl.arange(0, BC)
     rows = tl.arange(0, C)
     known = tl.load(S_dS + ((batch * n + segment) * H + head) * K + across, mask=across < K, other=0.0)

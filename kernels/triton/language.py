@@ -90,3 +90,15 @@ def tokens_of(x, first, length, heads, D: tl.constexpr, C: tl.constexpr, BD: tl.
     return tl.make_tensor_descriptor(
         x + first * D, shape=[length, D], strides=[heads.to(tl.int64) * D, 1], block_shape=[C, BD]
     )
+
+
+@triton.jit
+def segment_of(bounds, T, H):
+    """Of a program on a grid (B · H, segments, ..): its batch and head, its segment's first token and length, and `first`.
+
+    `first` is the row of that token in ``[B · T · H, D]``, as `tokens_of` takes it.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    start = tl.load(bounds + tl.program_id(1))
+    length = (tl.load(bounds + tl.program_id(1) + 1) - start).to(tl.int32)
+    return bh // H, bh % H, start, length, (bh // H * T + start) * H + bh % H

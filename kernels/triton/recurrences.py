@@ -71,7 +71,7 @@ class TritonHeadDecay(Recurrence):
         B, T, H = g.shape
         G = torch.empty(B, H, T, dtype=torch.float32, device=g.device)
         C = tiles(k.shape[-1], v.shape[-1], k.dtype).C
-        _cumulate(B, T, H, len(segments), segments.size, C)(g, G, segments.bounds(g.device))
+        cumulate_launch(B, T, H, len(segments), segments.size, C)(g, G, segments.bounds(g.device))
         return Tokens(k, v, (g, G))
 
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
@@ -130,7 +130,7 @@ class TritonHeadDecay(Recurrence):
             return Tokens(dk, dv)
         gate = tokens.gates[0]
         dg = torch.empty_like(gate) if kind == _BY_TOKEN else torch.empty(B, H, n, dtype=torch.float32, device=k.device)
-        _gate_gradient(B, T, H, n, len(k_dk), kind)(dg, kept[0], k_dk, S_dS, bounds)
+        gate_gradient_launch(B, T, H, n, len(k_dk), kind)(dg, kept[0], k_dk, S_dS, bounds)
         return Tokens(dk, dv, (dg if kind == _BY_TOKEN else dg.sum((0, 2)).to(gate.dtype),))
 
     def _decay(self, tokens: Tokens) -> tuple[int, Tensor, Tensor]:
@@ -291,7 +291,7 @@ _once = lru_cache(maxsize=4096)
 
 
 @_once
-def _cumulate(B: int, T: int, H: int, n: int, size: int, C: int) -> Launch:
+def cumulate_launch(B: int, T: int, H: int, n: int, size: int, C: int) -> Launch:
     BH = 8
     return cumulate.launch((n, min(64, -(-size // C)), B * -(-H // BH)), T, H, warps=2, C=C, BH=BH)
 
@@ -333,7 +333,7 @@ def _attend_back(
 
 
 @_once
-def _gate_gradient(B: int, T: int, H: int, n: int, blocks: int, kind: int) -> Launch:
+def gate_gradient_launch(B: int, T: int, H: int, n: int, blocks: int, kind: int) -> Launch:
     return gate_gradient.launch((B * H, n, 1), T, H, n, blocks, DECAY=kind, BLOCK=4096, warps=8)
 
 
