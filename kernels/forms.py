@@ -18,12 +18,9 @@ def elementwise_decay(tokens: Tokens) -> Recurrence:
 
 
 def delta_rule(tokens: Tokens) -> Recurrence:
-    """The delta rule for such tokens, whose last gate is beta: likewise, but for a decay of each key dimension.
+    """The delta rule for such tokens, whose last gate is beta: likewise."""
+    if triton.serves(tokens.k):
+        from lasp.kernels.triton.key_corrected import triton_delta
 
-    Of that there are kernels too (`lasp.kernels.triton.key_corrected`), which no GPU has run yet: until then it is PyTorch's.
-    """
-    if triton.serves(tokens.k) and all(gate.dim() < 4 for gate in tokens.gates):
-        from lasp.kernels.triton.corrected import TritonDelta
-
-        return TritonDelta.of(tokens)
+        return triton_delta(tokens)
     return ChunkedDelta()

@@ -59,6 +59,10 @@ class Recurrence(ABC):
         """
         return tokens
 
+    def prepare_backward(self, q: Tensor, tokens: Tokens, segments: Segments) -> Tokens:
+        """The same for the backward, which knows the queries from the start."""
+        return self.prepare(tokens, segments)
+
     @abstractmethod
     def summary(self, tokens: Tokens, segments: Segments) -> Summary:
         """The map of the state over each segment: ``S_out = A · S_in + B``."""

@@ -26,7 +26,7 @@ from lasp import SequenceLayout, SequenceParallel
 from lasp.kernels import ChunkedDecay, ChunkedDelta, Tokens
 from lasp.launch.record import command_of, record
 from lasp.launch.timing import busy, ceilings, fake_group, milliseconds
-from lasp.ops import delta_rule, gated_delta_rule, gla, lightning_attn, linear_attn, retention, simple_gla
+from lasp.ops import delta_rule, gated_delta_rule, gla, kda, lightning_attn, linear_attn, retention, simple_gla
 from lasp.ops.linear import retention_log_decay
 from lasp.parallel import start_linear
 
@@ -64,7 +64,7 @@ class Options:
 
     #: Ops, of those in `OPS`.
     ops: tuple[str, ...] = (
-        "linear_attn", "lightning_attn", "retention", "simple_gla", "gla", "delta_rule", "gated_delta_rule",
+        "linear_attn", "lightning_attn", "retention", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda",
     )  # fmt: skip
     #: Shapes as B,T,H,D; those of `SHAPES` when empty.
     shapes: tuple[str, ...] = ()
@@ -146,6 +146,7 @@ OPS: dict[str, Case] = {
         learnt=True,
         corrected=True,
     ),
+    "kda": Case(kda, by_token("B", "T", "H", "K"), "kda.chunk_kda", learnt=True, corrected=True),
 }
 
 
@@ -156,6 +157,7 @@ def peer_of(name: str) -> Op | None:
         import fla.ops.delta_rule
         import fla.ops.gated_delta_rule
         import fla.ops.gla
+        import fla.ops.kda
         import fla.ops.lightning_attn
         import fla.ops.linear_attn
         import fla.ops.retention

@@ -132,7 +132,7 @@ def backward(
     """
     plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
     segments, at, given = plan.segments, plan.tables(q.device), tokens.gates
-    tokens = recurrence.prepare(tokens, segments)
+    tokens = recurrence.prepare_backward(q, tokens, segments)
 
     # A final state's gradient is where the gradients of its document's states start from.
     dfinal = None if dfinal is None else total(dfinal, sp)

@@ -178,10 +178,10 @@ def _walk(
     k, v = tokens.k, tokens.v
     B, T, H, K = k.shape
     way = _Way.of(tokens, segments)
-    launch = _correct(B, T, H, K, v.shape[-1], len(segments), way.anchors, k.dtype, way.kind, role, len(out) > 1, scale)
+    launch = _correct(B, T, H, K, v.shape[-1], len(segments), k.dtype, way.kind, role, len(out) > 1, scale)
     q, P = asked
     written = (*out, S, S)[:2]
-    launch(q, way.k, v, way.W, way.g, way.G, S, A, *written, way.ends, P, way.M, way.whole, way.bounds, way.chunks)
+    launch(q, way.k, v, way.W, way.g, way.G, S, A, *written, way.ends, P, way.M, way.bounds)
 
 
 def _walk_back(
@@ -191,15 +191,10 @@ def _walk_back(
     """`out`: dv, and where the gates' gradients are wanted what values lack, and dbeta."""
     B, T, H, K = tokens.k.shape
     way = _Way.of(tokens, segments)
-    launch = _correct_back(
-        B, T, H, K, do.shape[-1], len(segments), way.anchors, do.dtype, way.kind, role, len(out) > 1, scale
-    )
+    launch = _correct_back(B, T, H, K, do.shape[-1], len(segments), do.dtype, way.kind, role, len(out) > 1, scale)
     q, P = asked
     dv, lacks, dbeta = (*out, *(do, do, dS)[len(out) :])
-    launch(
-        q, way.k, do, way.W, way.g, way.G, dS, A, lacks, dv, dbeta,
-        way.ends, P, way.M, way.whole, way.bounds, way.chunks,
-    )  # fmt: skip
+    launch(q, way.k, do, way.W, way.g, way.G, dS, A, lacks, dv, dbeta, way.ends, P, way.M, way.bounds)
 
 
 @dataclass(frozen=True)
@@ -212,11 +207,8 @@ class _Way:
         ends: the keys decayed to their chunk's end, likewise.
         W: the solutions of the chunks' systems.
         M: the pairs of keys, likewise.
-        g: the log-decay, and G its running sums, of a decay a head.
-        whole: the chunks' log-decays, by key.
-        anchors: how many chunks there are, by key.
+        g: the log-decay, and G its running sums.
         bounds: of the segments.
-        chunks: how many there are before each segment, by key.
     """
 
     kind: int
@@ -226,20 +218,16 @@ class _Way:
     M: Tensor
     g: Tensor
     G: Tensor
-    whole: Tensor
-    anchors: int
     bounds: Tensor
-    chunks: Tensor
 
     @classmethod
     def of(cls, tokens: Tokens, segments: Segments) -> _Way:
         k, bounds = tokens.k, segments.bounds(tokens.k.device)
-        if len(tokens.gates) == 7:
-            _, _, starts, ends, W, M, whole = tokens.gates
-            anchors, chunks = segments.chunks(W.shape[-1], k.device)
-            return cls(_BY_KEY, starts, ends, W, M, whole, whole, whole, anchors, bounds, chunks)
+        if len(tokens.gates) >= 8:
+            g, _, G, starts, ends, W, M, *_ = tokens.gates
+            return cls(_BY_KEY, starts, ends, W, M, g, G, bounds)
         kind, g, _, G, W = _decay(tokens)
-        return cls(kind, k, k, W, W, g, G, G, 0, bounds, bounds)
+        return cls(kind, k, k, W, W, g, G, bounds)
 
 
 def inner(dtype: torch.dtype) -> torch.dtype:
@@ -292,12 +280,12 @@ def _invert(B: int, T: int, H: int, K: int, n: int, size: int, tile: Tiles, dtyp
 
 @_once
 def _correct(
-    B: int, T: int, H: int, K: int, V: int, n: int, anchors: int, dtype: torch.dtype, kind: int, role: str,
+    B: int, T: int, H: int, K: int, V: int, n: int, dtype: torch.dtype, kind: int, role: str,
     gated: bool, scale: float,
 ) -> Launch:  # fmt: skip
     tile = delta_tiles(K, K if role == "transition" else V, dtype)
     return correct.launch(
-        (B * H, n, tile.blocks), scale, T, H, n, anchors,
+        (B * H, n, tile.blocks), scale, T, H, n,
         K=K, V=V, BK=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ROLE=role, GATED=gated, EXACT=dtype == torch.float32,
         STAGES=tile.stages, PRECISION=precision(dtype), warps=tile.warps,
     )  # fmt: skip
@@ -305,12 +293,12 @@ def _correct(
 
 @_once
 def _correct_back(
-    B: int, T: int, H: int, K: int, V: int, n: int, anchors: int, dtype: torch.dtype, kind: int, role: str,
+    B: int, T: int, H: int, K: int, V: int, n: int, dtype: torch.dtype, kind: int, role: str,
     gated: bool, scale: float,
 ) -> Launch:  # fmt: skip
     tile = delta_tiles(K, K if role == "transition" else V, dtype)
     return correct_back.launch(
-        (B * H, n, tile.blocks), scale, 1 / scale, T, H, n, anchors,
+        (B * H, n, tile.blocks), scale, 1 / scale, T, H, n,
         K=K, V=V, BK=tile.BA, BC=tile.BC, C=tile.C, DECAY=kind, ROLE=role, GATED=gated, EXACT=dtype == torch.float32,
         STAGES=tile.stages, PRECISION=precision(dtype), warps=tile.warps,
     )  # fmt: skip

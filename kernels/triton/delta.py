@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.head_decay import BY_TOKEN, NONE, running_sums, sums_after
-from lasp.kernels.triton.language import LOG2E, add_product, fine_product, product, segment_of, tokens_of
+from lasp.kernels.triton.language import (
+    LOG2E,
+    add_product,
+    fine_product,
+    load_rows,
+    product,
+    segment_of,
+    store_rows,
+    tokens_of,
+)
 
 #: A decay of each key dimension: keys, queries and pairs come decayed, from `key_delta`.
 BY_KEY: tl.constexpr = tl.constexpr(3)
@@ -41,6 +50,14 @@ def _decay(g, within, position, head, H, valid, rows, DOWN: tl.constexpr, EXACT:
         sums = within[:, None] - within[None, :]
     seen = rows[None, :] >= rows[:, None] if DOWN else rows[:, None] >= rows[None, :]
     return tl.exp2(tl.where(seen, sums, float("-inf")))
+
+
+@triton.jit
+def chunk_decay(G, first, t, columns, length, H, K: tl.constexpr, C: tl.constexpr):
+    """How much of a state goes through the chunk from t, a number a key dimension; G: as of `key_delta.cumulate_keys`."""
+    last = tl.minimum(t + C, length) - 1
+    sums = tl.load(G + (first + last * H.to(tl.int64)) * K + columns, mask=columns < K, other=0.0)
+    return tl.exp2(sums.to(tl.float32))
 
 
 @triton.jit
@@ -94,24 +111,23 @@ def invert(
     """``W: [B, T, H, C]`` of each chunk, a row a token. Grid: (B · H, segments, chunks of the longest)."""
     bh = tl.program_id(0).to(tl.int64)
     batch, head, start, length, first = segment_of(bounds, T, H)
-    ks = tokens_of(k, first, length, H, K, C, BK)
-    ws = tokens_of(W, first, length, H, C, C, C)
     rows = tl.arange(0, C)
     t = tl.program_id(2) * C
     if t < length:
-        valid = tl.minimum(length - t, C)
+        row, left = first + t * H.to(tl.int64), length - t
+        valid = tl.minimum(left, C)
         position = batch * T + start + t
-        tk = ks.load([t, 0])
+        tk = load_rows(k, row, left, rows, tl.arange(0, BK), H, K)
         b = tl.load(beta + (position + rows) * H + head, mask=rows < valid, other=0.0).to(tl.float32)
         M = product(tk, tl.trans(tk), PRECISION)
         if DECAY != NONE:
-            within, _ = running_sums(G + bh * T + start + t, length - t, rows, C)
+            within, _ = running_sums(G + bh * T + start + t, left, rows, C)
             M *= _decay(g, within, position, head, H, valid, rows, False, EXACT)
         N = tl.where(rows[:, None] > rows[None, :], -b[:, None] * M, 0.0)
-        ws.store([t, 0], (inverse(N, C, SOLVED, LEVELS, PRECISION) * b[None, :]).to(W.dtype.element_ty))
+        store_rows(W, inverse(N, C, SOLVED, LEVELS, PRECISION) * b[None, :], row, left, rows, rows, H, C)
 
 
-@triton.jit(do_not_specialize=["T", "H", "n", "anchors"])
+@triton.jit(do_not_specialize=["T", "H", "n"])
 def correct(
     q,
     k,
@@ -126,14 +142,11 @@ def correct(
     ends,
     P,
     M,
-    whole_of,
     bounds,
-    chunks,
     scale,
     T,
     H,
     n,
-    anchors,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -164,7 +177,6 @@ def correct(
         ending = tokens_of(ends, first, length, H, K, C, BK)
         ps = tokens_of(P, first, length, H, C, C, C)
         ms = tokens_of(M, first, length, H, C, C, C)
-        decays = whole_of + (bh * anchors + tl.load(chunks + segment)) * K + tl.arange(0, BK)
     if ROLE != "transition":
         vs = tokens_of(v, first, length, H, V, C, BC)
     if ROLE == "output":
@@ -231,7 +243,7 @@ def correct(
                 lack -= product(u, tl.where(rows[:, None] < rows[None, :], m, 0.0), PRECISION)
             lacking.store([t, block * BC], tl.trans(lack.to(lacks.dtype.element_ty)))
         if DECAY == BY_KEY:
-            St *= tl.exp2(tl.load(decays + i * K, mask=right < K, other=0.0))[None, :]
+            St *= chunk_decay(G, first, t, right, length, H, K, C)[None, :]
             St = add_product(St, u, ending.load([t, 0]), PRECISION)
         else:
             if DECAY == BY_TOKEN:
@@ -244,7 +256,7 @@ def correct(
         tl.store(S + place * (K * V) + right[None, :] * V + down[:, None], St, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "n", "anchors"])
+@triton.jit(do_not_specialize=["T", "H", "n"])
 def correct_back(
     q,
     k,
@@ -260,15 +272,12 @@ def correct_back(
     ends,
     P,
     M,
-    whole_of,
     bounds,
-    chunks,
     scale,
     unscale,
     T,
     H,
     n,
-    anchors,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -298,7 +307,6 @@ def correct_back(
         ending = tokens_of(ends, first, length, H, K, C, BK)
         ps = tokens_of(P, first, length, H, C, C, C)
         ms = tokens_of(M, first, length, H, C, C, C)
-        decays = whole_of + (bh * anchors + tl.load(chunks + segment)) * K + tl.arange(0, BK)
     if ROLE != "transition":
         qs = tokens_of(q, first, length, H, K, C, BK)
         dos = tokens_of(do, first, length, H, V, C, BC)
@@ -364,8 +372,7 @@ def correct_back(
                 tl.store(dbeta + along + t + rows, tl.sum(du, 0) * scale, mask=rows < length - t)
         if DECAY != BY_TOKEN:
             if DECAY == BY_KEY:
-                # The last chunk comes first.
-                St *= tl.exp2(tl.load(decays + (count - 1 - i) * K, mask=right < K, other=0.0))[None, :]
+                St *= chunk_decay(G, first, t, right, length, H, K, C)[None, :]
             if ROLE != "transition":
                 St = add_product(St, tdo, tq, PRECISION)
             St = add_product(St, -z, tk, PRECISION)

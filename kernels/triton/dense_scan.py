@@ -1,6 +1,7 @@
 """The composition of dense maps on a GPU: `lasp.kernels.course` for transitions that are matrices.
 
-A chain of transitions stays float32: its products are of three tf32 parts.
+Maps are float32, and what goes along a chain of them float64: Hopper's tensor cores multiply that too, and sums of float32
+that they make lose a little of every product in one direction, which 256 maps add up to more than float32's own rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.language import product
 from lasp.kernels.triton.launch import Kernel, Launch, ready
 from lasp.kernels.triton.tiling import padded
 
@@ -28,7 +28,7 @@ WIDEST = 128
 def _matrix(x, down, right, WIDTH: tl.constexpr, K: tl.constexpr):
     """A tile of a ``[K, WIDTH]`` matrix, zero beyond it."""
     inside = (down < K)[:, None] & (right < WIDTH)[None, :]
-    return tl.load(x + down[:, None] * WIDTH + right[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.load(x + down[:, None] * WIDTH + right[None, :], mask=inside, other=0.0).to(tl.float64)
 
 
 # Summaries may be parts of rows, which begin anywhere.
@@ -69,7 +69,7 @@ def leave_runs(
     right += (tl.program_id(2) - tl.where(of_state, own, 0)) * BC
     seed = tl.load(seed_of + chain)
     # What a state starts from is its seed or nothing, a transition from where there is no seed.
-    S = tl.where((down[:, None] == right[None, :]) & (seed < 0) & (tl.program_id(2) < own), 1.0, 0.0)
+    S = tl.where((down[:, None] == right[None, :]) & (seed < 0) & (tl.program_id(2) < own), 1.0, 0.0).to(tl.float64)
     if SEEDED:
         state = _matrix(seeds + batch * Sb + (tl.maximum(seed, 0) * H + head) * (K * V), down, right, V, K)
         S = tl.where(of_state & (seed >= 0), state, S)
@@ -78,15 +78,23 @@ def leave_runs(
     columns = tl.arange(0, BK)
     for position in range(tl.load(first + chain), tl.load(first + chain + 1)):
         member = tl.load(order + position)
-        S = product(_matrix(A + member * An, down, columns, K, K), S, "tf32x3")
+        S = tl.dot(_matrix(A + member * An, down, columns, K, K), S, out_dtype=tl.float64)
         if of_state:
             S += _matrix(B + member * Bn, down, right, V, K)
     if of_state:
         inside = (down < K)[:, None] & (right < V)[None, :]
-        tl.store(B_out + batch * Xb + run * Xn + head * (K * V) + down[:, None] * V + right[None, :], S, mask=inside)
+        tl.store(
+            B_out + batch * Xb + run * Xn + head * (K * V) + down[:, None] * V + right[None, :],
+            S.to(tl.float32),
+            mask=inside,
+        )
     else:
         inside = (down < K)[:, None] & (right < K)[None, :]
-        tl.store(A_out + batch * Wb + run * Wn + head * (K * K) + down[:, None] * K + right[None, :], S, mask=inside)
+        tl.store(
+            A_out + batch * Wb + run * Wn + head * (K * K) + down[:, None] * K + right[None, :],
+            S.to(tl.float32),
+            mask=inside,
+        )
 
 
 # Here too.
@@ -126,7 +134,7 @@ def fill_slots(
     down, right = tl.arange(0, BK), tl.program_id(2) * BC + tl.arange(0, BC)
     inside = (down < K)[:, None] & (right < V)[None, :]
     seed = tl.load(seed_of + chain)
-    S = tl.zeros([BK, BC], dtype=tl.float32)
+    S = tl.zeros([BK, BC], dtype=tl.float64)
     if seed >= 0:
         if SEEDED:
             S = _matrix(seeds + batch * Sb + (seed * H + head) * (K * V), down, right, V, K)
@@ -141,8 +149,8 @@ def fill_slots(
         member = tl.load(order + position)
         slot = tl.load(slot_of + position)
         if slot >= 0:
-            tl.store(at + slot * On, S, mask=inside)
-        S = product(_matrix(A + member * An, down, columns, K, K), S, "tf32x3")
+            tl.store(at + slot * On, S.to(tl.float32), mask=inside)
+        S = tl.dot(_matrix(A + member * An, down, columns, K, K), S, out_dtype=tl.float64)
         S += _matrix(B + member * Bn, down, right, V, K)
 
 
@@ -182,7 +190,7 @@ def _launch(
     kernel: Kernel, programs: int, transitions: bool, shape: tuple[int, ...], strides: tuple[int, ...], given: tuple[bool, ...]
 ) -> Launch:  # fmt: skip
     batch, _, H, K, V = shape
-    BC = min(32, padded(V))
+    BC = 16
     blocks = -(-V // BC) + (-(-K // BC) if transitions else 0)
     flags = dict(zip(("SEEDED", "ENTERED"), given, strict=False))
     return kernel.launch((programs, batch * H, blocks), H, *strides, **flags, K=K, V=V, BK=padded(K), BC=BC, warps=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lasp.kernels.triton.corrected import SOLVED, TritonDelta, as_computed, corr
 from lasp.kernels.triton.launch import Kernel, Launch, ready
 from lasp.kernels.triton.tiling import delta_tiles, padded
 
+cumulate = Kernel(key_delta.cumulate_keys)
 scale_keys = Kernel(key_delta.scale_keys)
 scale_queries = Kernel(key_delta.scale_queries)
 read_states = Kernel(key_delta.read_states)
@@ -22,6 +24,17 @@ read_gradients = Kernel(key_delta.read_gradients)
 query_gradient = Kernel(key_delta.query_gradient)
 key_gradient = Kernel(key_delta.key_gradient)
 gate_gradient = Kernel(key_delta.gate_gradient)
+
+
+#: How many key dimensions a program takes at once that makes products of pairs. Of narrower tiles Triton 3.6 makes kernels that
+#: read beyond their memory.
+COLUMNS = 64
+
+
+def triton_delta(tokens: Tokens) -> TritonDelta:
+    """The delta rule for such tokens, by what their decay is of: a head or nothing, or a key dimension."""
+    form = TritonKeyDelta if tokens.gates[0].dim() == 4 else TritonDelta
+    return form.of(tokens)
 
 
 @dataclass(frozen=True)
@@ -34,35 +47,34 @@ class TritonKeyDelta(TritonDelta):
     def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
         k, v = as_computed(tokens.k), as_computed(tokens.v)
         g, beta = (ready(gate) for gate in tokens.gates)
-        B, T, H, K = k.shape
-        C = delta_tiles(K, v.shape[-1], k.dtype).C
-        anchors, chunks = segments.chunks(C, k.device)
+        bounds, sizes = segments.bounds(k.device), _Sizes.of(Tokens(k, v), segments)
+        G = torch.empty_like(g, dtype=torch.float32 if k.dtype == torch.bfloat16 else torch.float64)
         starts, ends = torch.empty_like(k), torch.empty_like(k)
-        W, M = (k.new_empty(B, T, H, C) for _ in range(2))
-        whole = torch.empty(B, H, anchors, K, dtype=torch.float32, device=k.device)
-        launch = _scale_keys(B, T, H, K, C, len(segments), segments.size, anchors, k.dtype)
-        launch(k, beta, g, starts, ends, W, M, whole, segments.bounds(k.device), chunks)
-        return Tokens(k, v, (g, beta, starts, ends, W, M, whole))
+        W, M = (k.new_empty(*k.shape[:3], sizes.C) for _ in range(2))
+        reaches = torch.empty(k.shape[:3], dtype=torch.int32, device=k.device)
+        _cumulate(sizes)(g, G, reaches, bounds)
+        _scale_keys(sizes)(k, beta, G, reaches, starts, ends, W, M, bounds)
+        return Tokens(k, v, (g, beta, G, starts, ends, W, M, reaches))
+
+    def prepare_backward(self, q: Tensor, tokens: Tokens, segments: Segments) -> Tokens:
+        tokens = self.prepare(tokens, segments)
+        return Tokens(tokens.k, tokens.v, (*tokens.gates, *self.asked(q, tokens, segments)))
 
     def asked(self, q: Tensor, tokens: Tokens, segments: Segments) -> tuple[Tensor, Tensor]:
-        q, k, W = as_computed(q), tokens.k, tokens.gates[4]
-        B, T, H, K = k.shape
+        q, (_, _, G, _, _, W, _, reaches, *known) = as_computed(q), tokens.gates
+        if known:
+            return known[0], known[1]
         starts, P = torch.empty_like(q), torch.empty_like(W)
-        launch = _scale_queries(B, T, H, K, W.shape[-1], len(segments), segments.size, k.dtype)
-        launch(q, k, tokens.gates[0], starts, P, segments.bounds(k.device))
+        _scale_queries(_Sizes.of(tokens, segments))(q, tokens.k, G, reaches, starts, P, segments.bounds(q.device))
         return starts, P
 
     def query_gradient(
         self, q: Tensor, tokens: Tokens, entry: Tensor, do: Tensor, segments: Segments, scale: float, gated: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         kept = corrections(tokens, entry, segments, gated)
-        given, q, do, k, u = q.dtype, as_computed(q), as_computed(do), tokens.k, kept[0]
-        B, T, H, K = k.shape
-        V, n, size = u.shape[-1], len(segments), segments.size
-        read = _read_states(do, u, tokens, entry, segments)
-        dq, change = torch.empty_like(q), torch.empty_like(read)
-        launch = _query_gradient(B, T, H, K, V, tokens.gates[4].shape[-1], n, size, k.dtype, scale)
-        launch(q, k, u, do, tokens.gates[0], read, dq, change, segments.bounds(k.device))
+        given, q, do = q.dtype, as_computed(q), as_computed(do)
+        dq, change = torch.empty_like(q), torch.empty_like(q, dtype=torch.float32)
+        _as_query(q, do, kept[0], tokens, entry, segments, scale, change, dq)
         return dq.to(given), (*kept, change)
 
     def token_gradients(
@@ -77,113 +89,137 @@ class TritonKeyDelta(TritonDelta):
         gated: bool,
         kept: tuple[Tensor, ...],
     ) -> Tokens:
-        k, v = tokens.k, tokens.v
-        g, beta, starts, _, W, _, whole = tokens.gates
-        B, T, H, K = k.shape
-        V, C, n = v.shape[-1], W.shape[-1], len(segments)
-        bounds = segments.bounds(k.device)
-        anchors, chunks = segments.chunks(C, k.device)
-        given, asked, do = q.dtype, self.asked(q, tokens, segments), as_computed(do)
+        given, k, (g, beta, G, starts, _, _, _, reaches, *_) = q.dtype, tokens.k, tokens.gates
+        B, _, H, K = k.shape
+        bounds, sizes = segments.bounds(k.device), _Sizes.of(tokens, segments)
+        asked, q, do = self.asked(q, tokens, segments), as_computed(q), as_computed(do)
         u, change = kept[0], kept[-1]
         dv, dbeta = value_gradient(asked, tokens, do, exit_gradient, kept, segments, scale, gated)
-        from_start = _read_states(dv, u, tokens, entry, segments)
-        to_end = torch.empty_like(from_start)
-        S_dS = torch.empty(B, n, H, K, dtype=torch.float32, device=k.device)
-        _read_gradients(B, T, H, K, V, C, n, anchors, k.dtype, scale)(
-            u, do, dv, asked[0], starts, to_end, whole, exit_gradient, entry, S_dS, bounds, chunks
-        )
+        as_query = _as_query(k, dv, u, tokens, entry, segments, -1.0, change)
+        read = torch.empty_like(as_query)
+        S_dS = torch.empty(B, len(segments), H, K, dtype=torch.float32, device=k.device)
+        _read_gradients(sizes, scale)(u, do, dv, asked[0], starts, read, G, exit_gradient, entry, S_dS, bounds)
         dk = torch.empty_like(k)
-        launch = _key_gradient(B, T, H, K, V, C, n, segments.size, k.dtype, scale)
-        launch(as_computed(q), k, u, do, dv, g, from_start, to_end, dk, change, bounds)
+        _key_gradient(sizes, scale)(q, k, u, do, dv, G, reaches, as_query, read, dk, change, bounds)
         gates: tuple[Tensor, ...] = ()
         if gated:
             dg = torch.empty_like(g)
-            _gate_gradient(B, T, H, K, n)(change, S_dS, dg, bounds)
+            _gate_gradient(sizes)(change, S_dS, dg, bounds)
             gates = (dg, dbeta.to(beta.dtype))
         return Tokens(dk.to(given), dv.to(given), gates)
 
 
-def _read_states(a: Tensor, u: Tensor, tokens: Tokens, entry: Tensor, segments: Segments) -> Tensor:
-    B, T, H, K = tokens.k.shape
-    _, _, _, ends, W, _, whole = tokens.gates
-    anchors, chunks = segments.chunks(W.shape[-1], a.device)
-    read = torch.empty(B, T, H, K, dtype=torch.float32, device=a.device)
-    launch = _reading(B, T, H, K, u.shape[-1], W.shape[-1], len(segments), anchors, a.dtype)
-    launch(a, u, ends, read, whole, entry, segments.bounds(a.device), chunks)
-    return read
+def _as_query(
+    x: Tensor, a: Tensor, u: Tensor, tokens: Tokens, entry: Tensor, segments: Segments, scale: float, change: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The gradient of x as a query whose output has the gradient a; in float32, and of x the keys, where there is no `out`."""
+    _, _, G, _, ends, _, _, reaches, *_ = tokens.gates
+    bounds, sizes = segments.bounds(x.device), _Sizes.of(tokens, segments)
+    read = torch.empty_like(x, dtype=torch.float32)
+    _reading(sizes)(a, u, ends, read, G, entry, bounds)
+    dx = read if out is None else out
+    _query_gradient(sizes, scale, out is None)(
+        x, tokens.k, u, a, G, reaches, read, dx, change, bounds
+    )  # fmt: skip
+    return dx
 
 
 # -- what the launches of the kernels depend on -----------------------------------------------------------------------
 
 
+class _Sizes(NamedTuple):
+    """C tokens a chunk, n segments of at most `size` tokens."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    C: int
+    n: int
+    size: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tokens: Tokens, segments: Segments) -> _Sizes:
+        (B, T, H, K), V, dtype = tokens.k.shape, tokens.v.shape[-1], tokens.k.dtype
+        return cls(B, T, H, K, V, delta_tiles(K, V, dtype).C, len(segments), segments.size, dtype)
+
+    @property
+    def chunks(self) -> int:
+        """How many the longest segment has."""
+        return -(-self.size // self.C)
+
+    @property
+    def sizes(self) -> int:
+        """Of how many sizes there are blocks of 2, 4, 8 .. C tokens."""
+        return self.C.bit_length() - 1
+
+
 _once = lru_cache(maxsize=4096)
 
 
-def _sizes(C: int) -> int:
-    """Of how many sizes there are blocks of 2, 4, 8 .. C tokens."""
-    return C.bit_length() - 1
+@_once
+def _cumulate(x: _Sizes) -> Launch:
+    return cumulate.launch((x.B * x.H, x.n, x.chunks), x.T, x.H, K=x.K, BK=padded(x.K), C=x.C, SIZES=x.sizes, warps=4)
 
 
 @_once
-def _scale_keys(B: int, T: int, H: int, K: int, C: int, n: int, size: int, anchors: int, dtype: torch.dtype) -> Launch:
+def _scale_keys(x: _Sizes) -> Launch:
     return scale_keys.launch(
-        (B * H, n, -(-size // C)), T, H, anchors,
-        K=K, BK=padded(K), C=C, SIZES=_sizes(C), SOLVED=SOLVED, LEVELS=_sizes(C // SOLVED),
-        PRECISION=precision(dtype), warps=8,
+        (x.B * x.H, x.n, x.chunks), x.T, x.H,
+        K=x.K, BK=COLUMNS, C=x.C, SIZES=x.sizes, SOLVED=SOLVED, LEVELS=(x.C // SOLVED).bit_length() - 1,
+        PRECISION=precision(x.dtype), warps=4,
     )  # fmt: skip
 
 
 @_once
-def _scale_queries(B: int, T: int, H: int, K: int, C: int, n: int, size: int, dtype: torch.dtype) -> Launch:
+def _scale_queries(x: _Sizes) -> Launch:
     return scale_queries.launch(
-        (B * H, n, -(-size // C)), T, H,
-        K=K, BK=padded(K), C=C, SIZES=_sizes(C), PRECISION=precision(dtype), warps=8,
+        (x.B * x.H, x.n, x.chunks), x.T, x.H,
+        K=x.K, BK=COLUMNS, C=x.C, SIZES=x.sizes, PRECISION=precision(x.dtype), warps=4,
     )  # fmt: skip
 
 
 @_once
-def _reading(B: int, T: int, H: int, K: int, V: int, C: int, n: int, anchors: int, dtype: torch.dtype) -> Launch:
-    tile = delta_tiles(V, K, dtype)
+def _reading(x: _Sizes) -> Launch:
+    tile = delta_tiles(x.V, x.K, x.dtype)
     BC = min(tile.BC, 64)
     return read_states.launch(
-        (B * H, n, -(-K // BC)), T, H, n, anchors,
-        K=K, V=V, BV=tile.BA, BC=BC, C=C, STAGES=tile.stages, PRECISION=precision(dtype), warps=4,
+        (x.B * x.H, x.n, -(-x.K // BC)), x.T, x.H, x.n,
+        K=x.K, V=x.V, BV=tile.BA, BC=BC, C=x.C, STAGES=tile.stages, PRECISION=precision(x.dtype), warps=4,
     )  # fmt: skip
 
 
 @_once
-def _read_gradients(
-    B: int, T: int, H: int, K: int, V: int, C: int, n: int, anchors: int, dtype: torch.dtype, scale: float
-) -> Launch:
-    tile = delta_tiles(V, K, dtype)
+def _read_gradients(x: _Sizes, scale: float) -> Launch:
+    tile = delta_tiles(x.V, x.K, x.dtype)
     BC = min(tile.BC, 64)
     return read_gradients.launch(
-        (B * H, n, -(-K // BC)), scale, T, H, n, anchors,
-        K=K, V=V, BV=tile.BA, BC=BC, C=C, STAGES=min(tile.stages, 2), PRECISION=precision(dtype), warps=4,
+        (x.B * x.H, x.n, -(-x.K // BC)), scale, x.T, x.H, x.n,
+        K=x.K, V=x.V, BV=tile.BA, BC=BC, C=x.C, STAGES=min(tile.stages, 2), PRECISION=precision(x.dtype), warps=4,
     )  # fmt: skip
 
 
 @_once
-def _query_gradient(
-    B: int, T: int, H: int, K: int, V: int, C: int, n: int, size: int, dtype: torch.dtype, scale: float
-) -> Launch:
+def _query_gradient(x: _Sizes, scale: float, as_keys: bool) -> Launch:
     return query_gradient.launch(
-        (B * H, n, -(-size // C)), scale, T, H,
-        K=K, V=V, BK=padded(K), BV=padded(V), C=C, SIZES=_sizes(C), PRECISION=precision(dtype), warps=8,
+        (x.B * x.H, x.n, x.chunks * -(-x.K // COLUMNS)), scale, x.T, x.H,
+        K=x.K, V=x.V, BV=padded(x.V), BC=COLUMNS, C=x.C, SIZES=x.sizes, AS_KEYS=as_keys,
+        PRECISION=precision(x.dtype), warps=4,
     )  # fmt: skip
 
 
 @_once
-def _key_gradient(
-    B: int, T: int, H: int, K: int, V: int, C: int, n: int, size: int, dtype: torch.dtype, scale: float
-) -> Launch:
+def _key_gradient(x: _Sizes, scale: float) -> Launch:
     return key_gradient.launch(
-        (B * H, n, -(-size // C)), scale, T, H,
-        K=K, V=V, BK=padded(K), BV=padded(V), C=C, SIZES=_sizes(C), PRECISION=precision(dtype), warps=8,
+        (x.B * x.H, x.n, x.chunks * -(-x.K // COLUMNS)), scale, x.T, x.H,
+        K=x.K, V=x.V, BV=padded(x.V), BC=COLUMNS, C=x.C, SIZES=x.sizes, PRECISION=precision(x.dtype), warps=4,
     )  # fmt: skip
 
 
 @_once
-def _gate_gradient(B: int, T: int, H: int, K: int, n: int) -> Launch:
-    BC = min(padded(K), 32)
-    return gate_gradient.launch((B * H, n, -(-K // BC)), T, H, n, K=K, C=64, BC=BC, warps=4)
+def _gate_gradient(x: _Sizes) -> Launch:
+    BC = min(padded(x.K), 32)
+    return gate_gradient.launch((x.B * x.H, x.n, -(-x.K // BC)), x.T, x.H, x.n, K=x.K, C=64, BC=BC, warps=4)

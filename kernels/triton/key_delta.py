@@ -1,10 +1,13 @@
 """Triton kernels for the delta rule with a decay of each key dimension, beside those of `delta`.
 
-A pair of tokens j < i of a chunk decays from j to the middle of the least block of 2, 4, 8 .. tokens that holds both, and from
-there to i: two factors of at most 1, of which neither underflows unless their product does. So pairs are products of tiles at
-each size of blocks, at any strength of the decay (as `lasp.kernels.chunk.KeyDecay` has it). `scale_keys` and `scale_queries`
-make them once, with keys and queries as the states at the chunk's ends meet them. What walks along the chunks then knows no
-decay but that of a whole chunk.
+A pair of tokens j < i of a chunk decays from j to the middle of a block of 2, 4, 8 .. tokens that holds both, and from there to
+i. In the least such block, which the highest bit says in which their places differ, both factors are at most 1, and neither
+underflows unless their product does: pairs are products of tiles at each size of blocks, at any strength of the decay (as
+`lasp.kernels.chunk.KeyDecay` has it). Where no half of a larger block decays beyond what float32 holds, one product serves it
+with all that are in it. How large such blocks are, a chunk's *reach*, `cumulate_keys` finds out; mostly it is the chunk.
+
+`scale_keys` and `scale_queries` make the pairs once, with keys and queries as the states at the chunk's ends meet them. What
+walks along the chunks then knows no decay but that of a whole chunk.
 """
 
 from __future__ import annotations
@@ -12,55 +15,83 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.delta import inverse
-from lasp.kernels.triton.language import LOG2E, fine_product, product, segment_of, tokens_of
+from lasp.kernels.triton.delta import chunk_decay, inverse
+from lasp.kernels.triton.language import LOG2E, fine_product, load_rows, product, segment_of, store_rows, tokens_of
+
+#: The least log-decay of one token, in powers of two: sums of it are subtracted.
+LEAST: tl.constexpr = tl.constexpr(-40.0)
+#: By how many powers of two half a block may decay whose pairs one product makes.
+FARTHEST: tl.constexpr = tl.constexpr(100.0)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def cumulate_keys(g, G, reaches, bounds, T, H, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SIZES: tl.constexpr):
+    """``G: [B, T, H, K]``: sums of g from a chunk's start to each of its tokens, in powers of two, in G's dtype.
+
+    Differences of them must have the digits of the result: they are float64 where that is float32. Also the chunks' reaches,
+    as exponents of two, at their first tokens' places in ``reaches: [B, T, H]``, int32. SIZES: of blocks, 2^SIZES = C.
+    Grid: (B · H, segments, chunks of the longest).
+    """
+    _, _, _, length, first = segment_of(bounds, T, H)
+    rows, columns = tl.arange(0, C), tl.arange(0, BK)
+    t = tl.program_id(2) * C
+    if t < length:
+        row, left = first + t * H.to(tl.int64), length - t
+        own = tl.maximum(load_rows(g, row, left, rows, columns, H, K).to(tl.float32) * LOG2E, LEAST)
+        store_rows(G, tl.cumsum(own.to(G.dtype.element_ty), 0), row, left, rows, columns, H, K)
+        reach = 1
+        halves = tl.max(tl.abs(own), 1)
+        for size in tl.static_range(1, SIZES):
+            halves = tl.sum(tl.reshape(halves, (C >> size, 2)), 1)
+            reach = tl.where((tl.max(halves) <= FARTHEST) & (reach == size), size + 1, reach)
+        tl.store(reaches + row, reach)
 
 
 @triton.jit
-def _row(x, PLACE: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """Of ``x: [C, BK]`` that row of each block of SPAN rows, for all rows of the block."""
-    blocks: tl.constexpr = C // SPAN
-    here = (tl.arange(0, SPAN) == PLACE)[None, :, None]
-    one = tl.sum(tl.where(here, tl.reshape(x, (blocks, SPAN, BK)), 0.0), 1)
-    return tl.reshape(one[:, None, :] + tl.zeros([blocks, SPAN, BK], dtype=tl.float32), (C, BK))
+def _sums(G, row, left, rows, columns, H, K: tl.constexpr):
+    """The sums at those tokens of a chunk (`load_rows`); past the segment's end, at its last."""
+    at = G + row * K + tl.minimum(rows, left - 1)[:, None] * (H * K) + columns[None, :]
+    return tl.load(at, mask=(columns < K)[None, :], other=0.0)
 
 
 @triton.jit
-def _within(rows, HALF: tl.constexpr):
-    """Which rows are in the second half of their block of 2 · HALF, and which pairs are in one block."""
-    second = ((rows // HALF) % 2 == 1)[:, None]
-    same = (rows // (2 * HALF))[:, None] == (rows // (2 * HALF))[None, :]
-    return second, same
+def _to_end(sums, G, row, left, columns, H, K: tl.constexpr, C: tl.constexpr):
+    """How much goes from each token to the chunk's end."""
+    last = _sums(G, row, left, tl.full([1], C - 1, tl.int32), columns, H, K)
+    return tl.exp2((last - sums).to(tl.float32))
 
 
 @triton.jit
-def _longer(before, after, second, HALF: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """Sums of log-decays from the start of a row's block to it, and from it to the end: of blocks twice as long as given."""
-    first_half = _row(before, HALF - 1, 2 * HALF, C, BK)
-    second_half = _row(before, 2 * HALF - 1, 2 * HALF, C, BK)
-    return before + tl.where(second, first_half, 0.0), after + tl.where(second, 0.0, second_half)
+def _through_middle(sums, G, row, left, rows, columns, H, size, K: tl.constexpr):
+    """How much goes from the middle of its block of 2^(size + 1) to each token, and how much from it to there.
+
+    What is above `FARTHEST` is of tokens that do not meet at that size, and only finite.
+    """
+    middle = _sums(G, row, left, (((rows >> size) | 1) << size) - 1, columns, H, K)
+    onwards = (sums - middle).to(tl.float32)
+    return tl.exp2(tl.minimum(onwards, FARTHEST)), tl.exp2(tl.minimum(-onwards, FARTHEST))
 
 
 @triton.jit
-def _log_decays(gs, t):
-    return gs.load([t, 0]).to(tl.float32) * LOG2E
+def _meeting(rows, size, least):
+    """Which pairs of tokens are in one block of 2^(size + 1), and but for the least blocks not in one half of it."""
+    apart = (rows[:, None] ^ rows[None, :]) >> size
+    return (apart == 1) | ((apart == 0) & (size == least))
 
 
-@triton.jit(do_not_specialize=["T", "H", "anchors"])
+@triton.jit(do_not_specialize=["T", "H"])
 def scale_keys(
     k,
     beta,
-    g,
+    G,
+    reaches,
     starts,
     ends,
     W,
     M,
-    whole,
     bounds,
-    chunks,
     T,
     H,
-    anchors,
     K: tl.constexpr,
     BK: tl.constexpr,
     C: tl.constexpr,
@@ -71,49 +102,39 @@ def scale_keys(
 ):
     """Keys decayed from their chunk's start and to its end, ``[B, T, H, K]``, and what chunks are solved with.
 
-    That is the pairs of keys M and the systems' solutions W (`delta.invert`), ``[B, T, H, C]``, and the chunks' log-decays
-    ``whole: [B, H, anchors, K]``, in powers of two. SIZES: of blocks, 2^SIZES = C. Grid: (B · H, segments, chunks of the
-    longest).
+    That is the pairs of keys M and the systems' solutions W (`delta.invert`), ``[B, T, H, C]``.
+    BK: how many key dimensions are taken at once. Grid: as of `cumulate_keys`.
     """
-    bh = tl.program_id(0).to(tl.int64)
-    segment = tl.program_id(1)
     batch, head, start, length, first = segment_of(bounds, T, H)
-    ks = tokens_of(k, first, length, H, K, C, BK)
-    gs = tokens_of(g, first, length, H, K, C, BK)
-    starting = tokens_of(starts, first, length, H, K, C, BK)
-    ending = tokens_of(ends, first, length, H, K, C, BK)
-    ws = tokens_of(W, first, length, H, C, C, C)
-    ms = tokens_of(M, first, length, H, C, C, C)
     rows = tl.arange(0, C)
     t = tl.program_id(2) * C
     if t < length:
-        tk = ks.load([t, 0]).to(tl.float32)
-        before = _log_decays(gs, t)
-        after = tl.zeros([C, BK], dtype=tl.float32)
+        row, left = first + t * H.to(tl.int64), length - t
+        least = tl.load(reaches + row) - 1
         pairs = tl.zeros([C, C], dtype=tl.float32)
-        for size in tl.static_range(SIZES):
-            second, same = _within(rows, 1 << size)
-            later = tl.where(second, tk * tl.exp2(before), 0.0)
-            earlier = tl.where(second, 0.0, tk * tl.exp2(after))
-            pairs += tl.where(same, product(later, tl.trans(earlier), PRECISION), 0.0)
-            before, after = _longer(before, after, second, 1 << size, C, BK)
+        for block in tl.range(0, K, BK, num_stages=1):
+            columns = block + tl.arange(0, BK)
+            tk = load_rows(k, row, left, rows, columns, H, K).to(tl.float32)
+            sums = _sums(G, row, left, rows, columns, H, K)
+            for size in tl.range(least, SIZES, num_stages=1):
+                later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
+                here = product(tk * later, tl.trans(tk * earlier), PRECISION)
+                pairs += tl.where(_meeting(rows, size, least), here, 0.0)
+            store_rows(starts, tk * tl.exp2(sums.to(tl.float32)), row, left, rows, columns, H, K)
+            store_rows(ends, tk * _to_end(sums, G, row, left, columns, H, K, C), row, left, rows, columns, H, K)
+        pairs = tl.where(rows[:, None] > rows[None, :], pairs, 0.0)
         b = tl.load(beta + (batch * T + start + t + rows) * H + head, mask=rows < length - t, other=0.0).to(tl.float32)
-        ms.store([t, 0], pairs.to(M.dtype.element_ty))
-        ws.store(
-            [t, 0], (inverse(-b[:, None] * pairs, C, SOLVED, LEVELS, PRECISION) * b[None, :]).to(W.dtype.element_ty)
-        )
-        starting.store([t, 0], (tk * tl.exp2(before)).to(starts.dtype.element_ty))
-        ending.store([t, 0], (tk * tl.exp2(after)).to(ends.dtype.element_ty))
-        across = tl.arange(0, BK)
-        at = whole + (bh * anchors + tl.load(chunks + segment) + tl.program_id(2)) * K + across
-        tl.store(at, tl.sum(tl.where(rows[:, None] == C - 1, before, 0.0), 0), mask=across < K)
+        store_rows(M, pairs, row, left, rows, rows, H, C)
+        solved = inverse(-b[:, None] * pairs, C, SOLVED, LEVELS, PRECISION) * b[None, :]
+        store_rows(W, solved, row, left, rows, rows, H, C)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def scale_queries(
     q,
     k,
-    g,
+    G,
+    reaches,
     starts,
     P,
     bounds,
@@ -127,45 +148,40 @@ def scale_queries(
 ):
     """Queries decayed from their chunk's start, ``[B, T, H, K]``, and their pairs with keys ``P: [B, T, H, C]``.
 
-    Grid: as of `scale_keys`.
+    Grid: as of `cumulate_keys`.
     """
     _, _, _, length, first = segment_of(bounds, T, H)
-    qs = tokens_of(q, first, length, H, K, C, BK)
-    ks = tokens_of(k, first, length, H, K, C, BK)
-    gs = tokens_of(g, first, length, H, K, C, BK)
-    starting = tokens_of(starts, first, length, H, K, C, BK)
-    ps = tokens_of(P, first, length, H, C, C, C)
     rows = tl.arange(0, C)
     t = tl.program_id(2) * C
     if t < length:
-        tq, tk = qs.load([t, 0]).to(tl.float32), ks.load([t, 0]).to(tl.float32)
-        before = _log_decays(gs, t)
-        after = tl.zeros([C, BK], dtype=tl.float32)
-        pairs = tl.where(rows[:, None] == rows[None, :], tl.sum(tq * tk, 1)[:, None], 0.0)
-        for size in tl.static_range(SIZES):
-            second, same = _within(rows, 1 << size)
-            later = tl.where(second, tq * tl.exp2(before), 0.0)
-            earlier = tl.where(second, 0.0, tk * tl.exp2(after))
-            pairs += tl.where(same, product(later, tl.trans(earlier), PRECISION), 0.0)
-            before, after = _longer(before, after, second, 1 << size, C, BK)
-        ps.store([t, 0], pairs.to(P.dtype.element_ty))
-        starting.store([t, 0], (tq * tl.exp2(before)).to(starts.dtype.element_ty))
+        row, left = first + t * H.to(tl.int64), length - t
+        least = tl.load(reaches + row) - 1
+        pairs = tl.zeros([C, C], dtype=tl.float32)
+        for block in tl.range(0, K, BK, num_stages=1):
+            columns = block + tl.arange(0, BK)
+            tq, tk = load_rows(q, row, left, rows, columns, H, K), load_rows(k, row, left, rows, columns, H, K)
+            tq, tk = tq.to(tl.float32), tk.to(tl.float32)
+            sums = _sums(G, row, left, rows, columns, H, K)
+            for size in tl.range(least, SIZES, num_stages=1):
+                later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
+                here = product(tq * later, tl.trans(tk * earlier), PRECISION)
+                pairs += tl.where(_meeting(rows, size, least), here, 0.0)
+            store_rows(starts, tq * tl.exp2(sums.to(tl.float32)), row, left, rows, columns, H, K)
+        store_rows(P, tl.where(rows[:, None] >= rows[None, :], pairs, 0.0), row, left, rows, rows, H, C)
 
 
-@triton.jit(do_not_specialize=["T", "H", "n", "anchors"])
+@triton.jit(do_not_specialize=["T", "H", "n"])
 def read_states(
     a,
     u,
     ends,
     out,
-    whole,
+    G,
     S,
     bounds,
-    chunks,
     T,
     H,
     n,
-    anchors,
     K: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
@@ -178,7 +194,6 @@ def read_states(
 
     Grid: (B · H, segments, blocks of BC rows of the state).
     """
-    bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     block = tl.program_id(2)
     batch, head, _, length, first = segment_of(bounds, T, H)
@@ -189,16 +204,15 @@ def read_states(
     down, right = block * BC + tl.arange(0, BC), tl.arange(0, BV)
     at = ((batch * n + segment) * H + head) * (K * V) + down[:, None] * V + right[None, :]
     St = tl.load(S + at, mask=(down < K)[:, None] & (right < V)[None, :], other=0.0)
-    decays = whole + (bh * anchors + tl.load(chunks + segment)) * K + down
     nothing = tl.zeros([BC, C], dtype=tl.float32)
     for i in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         read = fine_product(nothing, St, tl.trans(reading.load([i * C, 0])), PRECISION)
         outs.store([i * C, block * BC], tl.trans(read))
-        St *= tl.exp2(tl.load(decays + i * K, mask=down < K, other=0.0))[:, None]
+        St *= chunk_decay(G, first, i * C, down, length, H, K, C)[:, None]
         St = fine_product(St, tl.trans(ending.load([i * C, block * BC])), us.load([i * C, 0]), PRECISION)
 
 
-@triton.jit(do_not_specialize=["T", "H", "n", "anchors"])
+@triton.jit(do_not_specialize=["T", "H", "n"])
 def read_gradients(
     u,
     do,
@@ -206,17 +220,15 @@ def read_gradients(
     queries,
     keys,
     out,
-    whole,
+    G,
     dS,
     S,
     S_dS,
     bounds,
-    chunks,
     scale,
     T,
     H,
     n,
-    anchors,
     K: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
@@ -229,7 +241,6 @@ def read_gradients(
 
     Also the products of the states that enter segments with their gradients, ``S_dS: [B, n, H, K]``. Grid: as of `read_states`.
     """
-    bh = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     block = tl.program_id(2)
     batch, head, _, length, first = segment_of(bounds, T, H)
@@ -244,14 +255,13 @@ def read_gradients(
     at = place * (K * V) + down[:, None] * V + right[None, :]
     inside = (down < K)[:, None] & (right < V)[None, :]
     St = tl.load(dS + at, mask=inside, other=0.0)
-    decays = whole + (bh * anchors + tl.load(chunks + segment)) * K + down
     nothing = tl.zeros([BC, C], dtype=tl.float32)
     count = tl.cdiv(length, C)
     for i in tl.range(0, count, num_stages=STAGES):
         chunk = count - 1 - i
         read = fine_product(nothing, St, tl.trans(us.load([chunk * C, 0])), PRECISION)
         outs.store([chunk * C, block * BC], tl.trans(read))
-        St *= tl.exp2(tl.load(decays + chunk * K, mask=down < K, other=0.0))[:, None]
+        St *= chunk_decay(G, first, chunk * C, down, length, H, K, C)[:, None]
         asked = tl.trans(asking.load([chunk * C, block * BC])).to(tl.float32) * scale
         St = fine_product(St, asked, dos.load([chunk * C, 0]), PRECISION)
         asked = -tl.trans(starting.load([chunk * C, block * BC])).to(tl.float32)
@@ -262,13 +272,14 @@ def read_gradients(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def query_gradient(
-    q,
+    x,
     k,
     u,
-    do,
-    g,
+    a,
+    G,
+    reaches,
     read,
-    dq,
+    dx,
     change,
     bounds,
     scale,
@@ -276,44 +287,50 @@ def query_gradient(
     H,
     K: tl.constexpr,
     V: tl.constexpr,
-    BK: tl.constexpr,
     BV: tl.constexpr,
+    BC: tl.constexpr,
     C: tl.constexpr,
     SIZES: tl.constexpr,
+    AS_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq, of what `read_states` gives for do and of the chunk's pairs. Grid: as of `scale_keys`.
+    """The gradient of x as a query whose output has the gradient a: of what `read_states` gives, and of the chunk's pairs.
 
-    Also ``change: [B, T, H, K]``, float32: q ⊙ dq without what a token gives to itself.
+    Also ``change: [B, T, H, K]``, float32: x ⊙ dx without what a token gives to itself. AS_KEYS: x are the keys, to which they
+    themselves give nothing, and this is added to the change that there is. dx may be the memory of what was read.
+    Grid: (B · H, segments, chunks of the longest, for each of which the blocks of BC columns).
     """
     _, _, _, length, first = segment_of(bounds, T, H)
-    qs = tokens_of(q, first, length, H, K, C, BK)
-    ks = tokens_of(k, first, length, H, K, C, BK)
-    gs = tokens_of(g, first, length, H, K, C, BK)
-    us = tokens_of(u, first, length, H, V, C, BV)
-    dos = tokens_of(do, first, length, H, V, C, BV)
-    reads = tokens_of(read, first, length, H, K, C, BK)
-    dqs = tokens_of(dq, first, length, H, K, C, BK)
-    changes = tokens_of(change, first, length, H, K, C, BK)
-    rows = tl.arange(0, C)
-    t = tl.program_id(2) * C
+    blocks: tl.constexpr = (K + BC - 1) // BC
+    block = tl.program_id(2) % blocks * BC
+    rows, columns, across = tl.arange(0, C), block + tl.arange(0, BC), tl.arange(0, BV)
+    t = tl.program_id(2) // blocks * C
     if t < length:
-        tk = ks.load([t, 0]).to(tl.float32)
-        weights = product(dos.load([t, 0]), tl.trans(us.load([t, 0])), PRECISION)
+        row, left = first + t * H.to(tl.int64), length - t
+        least = tl.load(reaches + row) - 1
+        weights = product(
+            load_rows(a, row, left, rows, across, H, V),
+            tl.trans(load_rows(u, row, left, rows, across, H, V)),
+            PRECISION,
+        )
         itself = tl.sum(tl.where(rows[:, None] == rows[None, :], weights, 0.0), 1)[:, None]
-        before = _log_decays(gs, t)
-        after = tl.zeros([C, BK], dtype=tl.float32)
-        found = tl.zeros([C, BK], dtype=tl.float32)
-        nothing = tl.zeros([C, BK], dtype=tl.float32)
-        for size in tl.static_range(SIZES):
-            second, same = _within(rows, 1 << size)
-            earlier = tl.where(second, 0.0, tk * tl.exp2(after))
-            of_pairs = fine_product(nothing, tl.where(same, weights, 0.0), earlier, PRECISION)
-            found += tl.where(second, of_pairs * tl.exp2(before), 0.0)
-            before, after = _longer(before, after, second, 1 << size, C, BK)
-        found += reads.load([t, 0]) * tl.exp2(before)
-        changes.store([t, 0], qs.load([t, 0]).to(tl.float32) * found * scale)
-        dqs.store([t, 0], ((found + itself * tk) * scale).to(dq.dtype.element_ty))
+        weights = tl.where(rows[:, None] > rows[None, :], weights, 0.0)
+        tk = load_rows(k, row, left, rows, columns, H, K).to(tl.float32)
+        sums = _sums(G, row, left, rows, columns, H, K)
+        found = load_rows(read, row, left, rows, columns, H, K) * tl.exp2(sums.to(tl.float32))
+        nothing = tl.zeros([C, BC], dtype=tl.float32)
+        for size in tl.range(least, SIZES, num_stages=1):
+            later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
+            here = tl.where(_meeting(rows, size, least), weights, 0.0)
+            found += fine_product(nothing, here, tk * earlier, PRECISION) * later
+        tx = load_rows(x, row, left, rows, columns, H, K).to(tl.float32)
+        change_here = tx * found * scale
+        if AS_KEYS:
+            change_here += load_rows(change, row, left, rows, columns, H, K)
+        else:
+            found += itself * tk
+        store_rows(change, change_here, row, left, rows, columns, H, K)
+        store_rows(dx, found * scale, row, left, rows, columns, H, K)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -323,9 +340,10 @@ def key_gradient(
     u,
     do,
     dv,
-    g,
-    starts,
-    ends,
+    G,
+    reaches,
+    as_query,
+    read,
     dk,
     change,
     bounds,
@@ -334,55 +352,48 @@ def key_gradient(
     H,
     K: tl.constexpr,
     V: tl.constexpr,
-    BK: tl.constexpr,
     BV: tl.constexpr,
+    BC: tl.constexpr,
     C: tl.constexpr,
     SIZES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk, of the chunk's pairs, of what the state at its start makes of dv, ``starts``, and its gradient at the end, ``ends``.
+    """dk: what keys have as queries, and as keys of what `read_gradients` gives and of the chunk's pairs.
 
-    To ``change``, that of `query_gradient`, comes what k has of it: as a query less as a key. Grid: as of `scale_keys`.
+    From ``change`` is taken what they have of it as keys. Grid: as of `query_gradient`.
     """
     _, _, _, length, first = segment_of(bounds, T, H)
-    qs = tokens_of(q, first, length, H, K, C, BK)
-    ks = tokens_of(k, first, length, H, K, C, BK)
-    gs = tokens_of(g, first, length, H, K, C, BK)
-    us = tokens_of(u, first, length, H, V, C, BV)
-    dos = tokens_of(do, first, length, H, V, C, BV)
-    dvs = tokens_of(dv, first, length, H, V, C, BV)
-    starting = tokens_of(starts, first, length, H, K, C, BK)
-    ending = tokens_of(ends, first, length, H, K, C, BK)
-    dks = tokens_of(dk, first, length, H, K, C, BK)
-    changes = tokens_of(change, first, length, H, K, C, BK)
-    rows = tl.arange(0, C)
-    t = tl.program_id(2) * C
+    blocks: tl.constexpr = (K + BC - 1) // BC
+    block = tl.program_id(2) % blocks * BC
+    rows, columns, across = tl.arange(0, C), block + tl.arange(0, BC), tl.arange(0, BV)
+    t = tl.program_id(2) // blocks * C
     if t < length:
-        tq, tk = qs.load([t, 0]).to(tl.float32) * scale, ks.load([t, 0]).to(tl.float32)
-        tu, tdo, tdv = us.load([t, 0]), dos.load([t, 0]), dvs.load([t, 0])
-        # Rows are the earlier tokens, and in the last the later ones: no product is turned.
-        asked = product(tu, tl.trans(tdo), PRECISION)
-        corrected = product(tu, tl.trans(tdv), PRECISION)
-        correcting = product(tdv, tl.trans(tu), PRECISION)
-        itself = tl.sum(tl.where(rows[:, None] == rows[None, :], asked, 0.0), 1)[:, None]
-        before = _log_decays(gs, t)
-        after = tl.zeros([C, BK], dtype=tl.float32)
-        as_key, as_query, nothing = after, after, after
-        for size in tl.static_range(SIZES):
-            second, same = _within(rows, 1 << size)
-            decayed = tl.exp2(before)
-            later = fine_product(nothing, tl.where(same, asked, 0.0), tl.where(second, tq * decayed, 0.0), PRECISION)
-            keys = tl.where(second, tk * decayed, 0.0)
-            later = fine_product(later, tl.where(same, -corrected, 0.0), keys, PRECISION)
-            earlier = tl.where(second, 0.0, tk * tl.exp2(after))
-            earlier = fine_product(nothing, tl.where(same, -correcting, 0.0), earlier, PRECISION)
-            as_key += tl.where(second, 0.0, later * tl.exp2(after))
-            as_query += tl.where(second, earlier * decayed, 0.0)
-            before, after = _longer(before, after, second, 1 << size, C, BK)
-        as_key += ending.load([t, 0]) * tl.exp2(after)
-        as_query -= starting.load([t, 0]) * tl.exp2(before)
-        changes.store([t, 0], changes.load([t, 0]) + tk * (as_query - as_key))
-        dks.store([t, 0], (as_key + as_query + itself * tq).to(dk.dtype.element_ty))
+        row, left = first + t * H.to(tl.int64), length - t
+        least = tl.load(reaches + row) - 1
+        # Rows are the earlier tokens: no product is turned.
+        tu = load_rows(u, row, left, rows, across, H, V)
+        outputs = product(tu, tl.trans(load_rows(do, row, left, rows, across, H, V)), PRECISION) * scale
+        values = -product(tu, tl.trans(load_rows(dv, row, left, rows, across, H, V)), PRECISION)
+        itself = tl.sum(tl.where(rows[:, None] == rows[None, :], outputs, 0.0), 1)[:, None]
+        outputs = tl.where(rows[:, None] < rows[None, :], outputs, 0.0)
+        values = tl.where(rows[:, None] < rows[None, :], values, 0.0)
+        tq, tk = (
+            load_rows(q, row, left, rows, columns, H, K).to(tl.float32),
+            load_rows(k, row, left, rows, columns, H, K).to(tl.float32),
+        )
+        sums = _sums(G, row, left, rows, columns, H, K)
+        found = load_rows(read, row, left, rows, columns, H, K) * _to_end(sums, G, row, left, columns, H, K, C)
+        nothing = tl.zeros([C, BC], dtype=tl.float32)
+        for size in tl.range(least, SIZES, num_stages=1):
+            later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
+            meeting = _meeting(rows, size, least)
+            of_pairs = fine_product(nothing, tl.where(meeting, outputs, 0.0), tq * later, PRECISION)
+            of_pairs = fine_product(of_pairs, tl.where(meeting, values, 0.0), tk * later, PRECISION)
+            found += of_pairs * earlier
+        change_here = load_rows(change, row, left, rows, columns, H, K) - tk * found
+        store_rows(change, change_here, row, left, rows, columns, H, K)
+        found += load_rows(as_query, row, left, rows, columns, H, K) + itself * tq
+        store_rows(dk, found, row, left, rows, columns, H, K)
 
 
 @triton.jit(do_not_specialize=["T", "H", "n"])

@@ -102,3 +102,27 @@ def segment_of(bounds, T, H):
     start = tl.load(bounds + tl.program_id(1))
     length = (tl.load(bounds + tl.program_id(1) + 1) - start).to(tl.int32)
     return bh // H, bh % H, start, length, (bh // H * T + start) * H + bh % H
+
+
+@triton.jit
+def _places(x, row, left, rows, columns, H, D: tl.constexpr):
+    at = x + row * D + rows[:, None] * (H * D) + columns[None, :]
+    return at, (rows < left)[:, None] & (columns < D)[None, :]
+
+
+@triton.jit
+def load_rows(x, row, left, rows, columns, H, D: tl.constexpr):
+    """Tokens of a chunk from ``x: [B, T, H, D]``, zero where there are none: for a program that takes no more than one chunk.
+
+    There a tensor descriptor takes longer to make than the tile to load. The chunk's first token is at `row`, counted as
+    `tokens_of` does, and there are `left` tokens from it to the segment's end.
+    """
+    at, inside = _places(x, row, left, rows, columns, H, D)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(x, tile, row, left, rows, columns, H, D: tl.constexpr):
+    """Write what `load_rows` reads, in the dtype of x."""
+    at, inside = _places(x, row, left, rows, columns, H, D)
+    tl.store(at, tile.to(x.dtype.element_ty), mask=inside)
