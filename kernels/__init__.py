@@ -1,7 +1,7 @@
 """What one device computes: the definition of each recurrence, its fast forms, and the algebra of their summaries."""
 
 from lasp.kernels.chunked import ChunkedDecay
-from lasp.kernels.course import Chain, Course
+from lasp.kernels.course import Ahead, Chain, Course
 from lasp.kernels.delta import ChunkedDelta
 from lasp.kernels.forms import delta_rule, elementwise_decay
 from lasp.kernels.recurrence import Recurrence, Tokens
@@ -9,6 +9,7 @@ from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary, act
 
 __all__ = [
+    "Ahead",
     "Chain",
     "ChunkedDecay",
     "ChunkedDelta",

@@ -45,6 +45,7 @@ class _Tables:
         run: the run of each chain ``[chains]``.
         final: the last chain of each run ``[runs]``.
         slot: where the state before each position is written to ``[P]``, −1 for nowhere.
+        enters: the run of which what enters reaches each slot ``[slots]``, −1 after a seed.
     """
 
     order: Tensor
@@ -54,6 +55,7 @@ class _Tables:
     run: Tensor
     final: Tensor
     slot: Tensor
+    enters: Tensor
 
 
 class Course:
@@ -83,6 +85,7 @@ class Course:
             until.append(first[-1] + far)
             first.append(first[-1] + len(chain.members))
         final = {chain.run: c for c, chain in enumerate(chains)}
+        reached = {member: chain.run for chain in chains if chain.seed is None for member in chain.members}
         self._host = _Tables(
             order=_index(members),
             first=_index(first),
@@ -91,6 +94,7 @@ class Course:
             run=_index([chain.run for chain in chains]),
             final=_index([final[run] for run in range(runs)]),
             slot=_index([self._slot_of.get(member, -1) for member in members]),
+            enters=_index([reached.get(member, -1) for member in wanted]),
         )
         self._tables: dict[torch.device, _Tables] = {}
 
@@ -126,6 +130,13 @@ class Course:
                 _after(maps, member, B, B)
         return out
 
+    def ahead(self, maps: Summary, seeds: Tensor | None) -> Ahead:
+        """`leaving`, and what makes `states` of what enters once it is there."""
+        scan = _scan(maps)
+        if self.longest and hasattr(scan, "ahead"):
+            return scan.ahead(self, maps, seeds)
+        return Ahead(self, maps, seeds, self.leaving(maps, seeds))
+
     def states(self, maps: Summary, seeds: Tensor | None, entering: Tensor | None) -> Tensor:
         """The state before each slot's member ``[B, slots, H, K, V]``.
 
@@ -152,8 +163,29 @@ class Course:
         return out
 
 
+@dataclass
+class Ahead:
+    """Maps composed along a course before it is known what enters the runs.
+
+    Attributes:
+        course: the chains.
+        maps: every map.
+        seeds: the states that chains start from.
+        leaving: for each run the map from the state that enters it to the state that leaves it.
+    """
+
+    course: Course
+    maps: Summary
+    seeds: Tensor | None
+    leaving: Summary
+
+    def states(self, entering: Tensor | None) -> Tensor:
+        """`Course.states`, to be asked for once."""
+        return self.course.states(self.maps, self.seeds, entering)
+
+
 def _scan(maps: Summary) -> Any:
-    """The module whose kernels compose such maps: its `leaving` and `states` are those of a course."""
+    """The module whose kernels compose such maps: its `leaving`, `states` and, if it has it, `ahead` are those of a course."""
     if not triton.serves(maps.B):
         return None
     if maps.A.dim() < 5:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.kernels import Course, Recurrence, Summary, Tokens
+from lasp.kernels import Ahead, Course, Recurrence, Summary, Tokens
 from lasp.parallel.exchange import Route, Running
 from lasp.parallel.plan import Plan
 from lasp.parallel.sequence_parallel import SequenceParallel
@@ -31,8 +31,7 @@ class Started:
         plan: how this rank's tokens are cut.
         tokens: the tokens as the recurrence takes them.
         maps: the map over each segment.
-        initial_state: the states before the documents.
-        states: what enters the runs, under way; None where nothing can.
+        travelling: the states, under way.
     """
 
     recurrence: Recurrence
@@ -40,8 +39,43 @@ class Started:
     plan: Plan
     tokens: Tokens
     maps: Summary
-    initial_state: Tensor | None
-    states: Running | None
+    travelling: Travelling
+
+
+@dataclass
+class Travelling:
+    """States between the segments of a rank, of which some are on their way from others.
+
+    Attributes:
+        course: how the segments' maps compose.
+        maps: the maps.
+        seeds: the states that chains start from.
+        ahead: what was composed before anything came; None where nothing comes.
+        runs: what enters the runs, under way; None likewise.
+    """
+
+    course: Course
+    maps: Summary
+    seeds: Tensor | None
+    ahead: Ahead | None = None
+    runs: Running | None = None
+
+    @classmethod
+    def sent(
+        cls, sp: SequenceParallel, course: Course, maps: Summary, seeds: Tensor | None, route: Route
+    ) -> Travelling:
+        """Send what this rank's runs do to the state, where there are any that could feel it."""
+        if len(route.order) <= 1:
+            return cls(course, maps, seeds)
+        ahead = course.ahead(maps, seeds)
+        return cls(course, maps, seeds, ahead, sp.exchange.start(ahead.leaving, route))
+
+    def arrive(self) -> tuple[Tensor, Tensor | None]:
+        """The states that enter the segments ``[B, n, H, K, V]``, and those that enter the runs, None where nothing can."""
+        if self.ahead is None or self.runs is None:
+            return self.course.states(self.maps, self.seeds, None), None
+        entering = self.runs.wait()
+        return self.ahead.states(entering), entering
 
 
 @dataclass
@@ -60,15 +94,8 @@ def start(recurrence: Recurrence, tokens: Tokens, initial_state: Tensor | None, 
     plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
     prepared = recurrence.prepare(tokens, plan.segments)
     maps = recurrence.summary(prepared, plan.segments)
-    states = _exchange(sp, plan.forward, maps, initial_state, Route.forward(sp.layout, sp.rank))
-    return Started(recurrence, sp, plan, prepared, maps, initial_state, states)
-
-
-def _exchange(
-    sp: SequenceParallel, course: Course, maps: Summary, seeds: Tensor | None, route: Route
-) -> Running | None:
-    """Send what this rank's runs do to the state, where there are any that could feel it."""
-    return sp.exchange.start(course.leaving(maps, seeds), route) if len(route.order) > 1 else None
+    states = Travelling.sent(sp, plan.forward, maps, initial_state, Route.forward(sp.layout, sp.rank))
+    return Started(recurrence, sp, plan, prepared, maps, states)
 
 
 def keeps_states(size: int, k: Tensor, v: Tensor) -> bool:
@@ -89,8 +116,7 @@ def forward(
         ``[B, n, H, K, V]`` and those that entered the runs ``[B, R, H, K, V]``, None where nothing could.
     """
     recurrence, sp, tokens, plan = started.recurrence, started.sp, started.tokens, started.plan
-    run_entry = None if started.states is None else started.states.wait()
-    entering = plan.forward.states(started.maps, started.initial_state, run_entry)
+    entering, run_entry = started.travelling.arrive()
     o = recurrence.output(q, tokens, entering, plan.segments, scale)
     if not final_state:
         return o, None, entering, run_entry
@@ -137,13 +163,13 @@ def backward(
     # A final state's gradient is where the gradients of its document's states start from.
     dfinal = None if dfinal is None else total(dfinal, sp)
     maps = recurrence.adjoint_summary(q, tokens, do, segments, scale)
-    states = _exchange(sp, plan.backward, maps, dfinal, Route.backward(sp.layout, sp.rank))
+    states = Travelling.sent(sp, plan.backward, maps, dfinal, Route.backward(sp.layout, sp.rank))
 
     if entering is None:
         entering = plan.forward.states(recurrence.summary(tokens, segments), initial_state, run_entry)
     dq, kept = recurrence.query_gradient(q, tokens, entering, do, segments, scale, gated)
 
-    leaving = plan.backward.states(maps, dfinal, None if states is None else states.wait())
+    leaving, _ = states.arrive()
     dinitial = None
     if initial_state is not None:
         opening = maps.select(at.opening).apply(leaving.index_select(1, at.opening))

@@ -53,11 +53,10 @@ def _decay(g, within, position, head, H, valid, rows, DOWN: tl.constexpr, EXACT:
 
 
 @triton.jit
-def chunk_decay(G, first, t, columns, length, H, K: tl.constexpr, C: tl.constexpr):
-    """How much of a state goes through the chunk from t, a number a key dimension; G: as of `key_delta.cumulate_keys`."""
+def chunk_sum(G, first, t, columns, length, H, K: tl.constexpr, C: tl.constexpr):
+    """The log-decays of the whole chunk from t, a number a key dimension; G: as of `key_delta.cumulate_keys`."""
     last = tl.minimum(t + C, length) - 1
-    sums = tl.load(G + (first + last * H.to(tl.int64)) * K + columns, mask=columns < K, other=0.0)
-    return tl.exp2(sums.to(tl.float32))
+    return tl.load(G + (first + last * H.to(tl.int64)) * K + columns, mask=columns < K, other=0.0)
 
 
 @triton.jit
@@ -243,7 +242,7 @@ def correct(
                 lack -= product(u, tl.where(rows[:, None] < rows[None, :], m, 0.0), PRECISION)
             lacking.store([t, block * BC], tl.trans(lack.to(lacks.dtype.element_ty)))
         if DECAY == BY_KEY:
-            St *= chunk_decay(G, first, t, right, length, H, K, C)[None, :]
+            St *= tl.exp2(chunk_sum(G, first, t, right, length, H, K, C).to(tl.float32))[None, :]
             St = add_product(St, u, ending.load([t, 0]), PRECISION)
         else:
             if DECAY == BY_TOKEN:
@@ -372,7 +371,7 @@ def correct_back(
                 tl.store(dbeta + along + t + rows, tl.sum(du, 0) * scale, mask=rows < length - t)
         if DECAY != BY_TOKEN:
             if DECAY == BY_KEY:
-                St *= chunk_decay(G, first, t, right, length, H, K, C)[None, :]
+                St *= tl.exp2(chunk_sum(G, first, t, right, length, H, K, C).to(tl.float32))[None, :]
             if ROLE != "transition":
                 St = add_product(St, tdo, tq, PRECISION)
             St = add_product(St, -z, tk, PRECISION)

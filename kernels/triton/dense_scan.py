@@ -6,19 +6,17 @@ that they make lose a little of every product in one direction, which 256 maps a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.course import Ahead, Course
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton.launch import Kernel, Launch, ready
 from lasp.kernels.triton.tiling import padded
-
-if TYPE_CHECKING:
-    from lasp.kernels.course import Course
 
 #: The widest K whose transitions fit a processor.
 WIDEST = 128
@@ -32,85 +30,23 @@ def _matrix(x, down, right, WIDTH: tl.constexpr, K: tl.constexpr):
 
 
 # Summaries may be parts of rows, which begin anywhere.
-@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["A", "B", "seeds", "A_out", "B_out"])
-def leave_runs(
-    A,
-    B,
-    seeds,
-    A_out,
-    B_out,
-    order,
-    first,
-    seed_of,
-    final,
-    H,
-    Ab: tl.int64,
-    An: tl.int64,
-    Bb: tl.int64,
-    Bn: tl.int64,
-    Sb: tl.int64,
-    Wb: tl.int64,
-    Wn: tl.int64,
-    Xb: tl.int64,
-    Xn: tl.int64,
-    SEEDED: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """`Course.leaving`. Grid: (runs, B · H, blocks of BC columns of the transition, then of the state). Strides: of b, n."""
-    run = tl.program_id(0)
-    chain = tl.load(final + run)
-    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    down, right = tl.arange(0, BK), tl.arange(0, BC)
-    own: tl.constexpr = (K + BC - 1) // BC
-    of_state = tl.program_id(2) >= own
-    right += (tl.program_id(2) - tl.where(of_state, own, 0)) * BC
-    seed = tl.load(seed_of + chain)
-    # What a state starts from is its seed or nothing, a transition from where there is no seed.
-    S = tl.where((down[:, None] == right[None, :]) & (seed < 0) & (tl.program_id(2) < own), 1.0, 0.0).to(tl.float64)
-    if SEEDED:
-        state = _matrix(seeds + batch * Sb + (tl.maximum(seed, 0) * H + head) * (K * V), down, right, V, K)
-        S = tl.where(of_state & (seed >= 0), state, S)
-    A += batch * Ab + head * (K * K)
-    B += batch * Bb + head * (K * V)
-    columns = tl.arange(0, BK)
-    for position in range(tl.load(first + chain), tl.load(first + chain + 1)):
-        member = tl.load(order + position)
-        S = tl.dot(_matrix(A + member * An, down, columns, K, K), S, out_dtype=tl.float64)
-        if of_state:
-            S += _matrix(B + member * Bn, down, right, V, K)
-    if of_state:
-        inside = (down < K)[:, None] & (right < V)[None, :]
-        tl.store(
-            B_out + batch * Xb + run * Xn + head * (K * V) + down[:, None] * V + right[None, :],
-            S.to(tl.float32),
-            mask=inside,
-        )
-    else:
-        inside = (down < K)[:, None] & (right < K)[None, :]
-        tl.store(
-            A_out + batch * Wb + run * Wn + head * (K * K) + down[:, None] * K + right[None, :],
-            S.to(tl.float32),
-            mask=inside,
-        )
-
-
-# Here too.
-@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["A", "B", "seeds", "entering"])
-def fill_slots(
+@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["A", "B", "seeds", "entering", "A_out", "B_out"])
+def walk_chains(
     A,
     B,
     seeds,
     entering,
-    out,
+    before,
+    states,
+    A_out,
+    B_out,
     order,
     first,
     until,
     seed_of,
     run_of,
     slot_of,
+    final,
     H,
     Ab: tl.int64,
     An: tl.int64,
@@ -119,88 +55,180 @@ def fill_slots(
     Sb: tl.int64,
     Eb: tl.int64,
     En: tl.int64,
-    Ob: tl.int64,
-    On: tl.int64,
+    n: tl.int64,
+    Wb: tl.int64,
+    Wn: tl.int64,
+    Xb: tl.int64,
+    Xn: tl.int64,
     SEEDED: tl.constexpr,
     ENTERED: tl.constexpr,
+    AHEAD: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """`Course.states`. Grid: (chains, B · H, blocks of BC columns). Strides are those of b, n."""
+    """`Course.states`, in n slots. Grid: (chains, B · H, blocks of BC columns of the state). Strides are those of b, n.
+
+    AHEAD: nothing enters; the slots have the states that seeds and members make, and ``before: [B, n, H, K, K]`` what the
+    members make of whatever will enter, and A_out and B_out have `Course.leaving`. The blocks of those columns come first.
+    """
     chain = tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    down, right = tl.arange(0, BK), tl.program_id(2) * BC + tl.arange(0, BC)
+    own: tl.constexpr = (K + BC - 1) // BC if AHEAD else 0
+    of_state = tl.program_id(2) >= own
+    down, across = tl.arange(0, BK), tl.arange(0, BC)
+    right = (tl.program_id(2) - tl.where(of_state, own, 0)) * BC + across
+    run, seed = tl.load(run_of + chain), tl.load(seed_of + chain)
+    # What the state starts from is its seed, what enters, or nothing; its transition, from where there is no seed.
+    here = ((down[:, None] == right[None, :]) & (seed < 0)) & (tl.program_id(2) < own)
+    S = tl.where(here, 1.0, 0.0).to(tl.float64)
     inside = (down < K)[:, None] & (right < V)[None, :]
-    seed = tl.load(seed_of + chain)
-    S = tl.zeros([BK, BC], dtype=tl.float64)
-    if seed >= 0:
-        if SEEDED:
-            S = _matrix(seeds + batch * Sb + (seed * H + head) * (K * V), down, right, V, K)
-    elif ENTERED:
-        run = tl.load(run_of + chain)
-        S = _matrix(entering + batch * Eb + run * En + head * (K * V), down, right, V, K)
+    if SEEDED:
+        at = seeds + batch * Sb + (tl.maximum(seed, 0) * H + head) * (K * V) + down[:, None] * V + right[None, :]
+        S += tl.load(at, mask=inside & of_state & (seed >= 0), other=0.0)
+    if ENTERED:
+        at = entering + batch * Eb + run * En + head * (K * V) + down[:, None] * V + right[None, :]
+        S += tl.load(at, mask=inside & (seed < 0), other=0.0)
     A += batch * Ab + head * (K * K)
-    B += batch * Bb + head * (K * V)
-    at = out + batch * Ob + head * (K * V) + down[:, None] * V + right[None, :]
-    columns = tl.arange(0, BK)
-    for position in range(tl.load(first + chain), tl.load(until + chain)):
+    B += batch * Bb + head * (K * V) + down[:, None] * V + right[None, :]
+    states += (batch * n * H + head) * (K * V) + down[:, None] * V + right[None, :]
+    before += (batch * n * H + head) * (K * K) + down[:, None] * K + right[None, :]
+    in_transition = (down < K)[:, None] & (right < K)[None, :] & (tl.program_id(2) < own)
+    inside = inside & of_state
+    last = tl.load(first + chain + 1) if AHEAD else tl.load(until + chain)
+    for position in tl.range(tl.load(first + chain), last, num_stages=1):
         member = tl.load(order + position)
         slot = tl.load(slot_of + position)
-        if slot >= 0:
-            tl.store(at + slot * On, S.to(tl.float32), mask=inside)
-        S = tl.dot(_matrix(A + member * An, down, columns, K, K), S, out_dtype=tl.float64)
-        S += _matrix(B + member * Bn, down, right, V, K)
+        tl.store(states + slot * (H * K * V), S.to(tl.float32), mask=inside & (slot >= 0))
+        if AHEAD:
+            tl.store(before + slot * (H * K * K), S.to(tl.float32), mask=in_transition & (slot >= 0))
+        more = tl.load(B + member * Bn, mask=inside, other=0.0)
+        S = tl.dot(_matrix(A + member * An, down, tl.arange(0, BK), K, K), S, out_dtype=tl.float64) + more
+    if AHEAD:
+        ending = tl.load(final + run) == chain
+        at = B_out + batch * Xb + run * Xn + head * (K * V) + down[:, None] * V + right[None, :]
+        tl.store(at, S.to(tl.float32), mask=inside & ending)
+        at = A_out + batch * Wb + run * Wn + head * (K * K) + down[:, None] * K + right[None, :]
+        tl.store(at, S.to(tl.float32), mask=in_transition & ending)
 
 
-_leave = Kernel(leave_runs)
-_fill = Kernel(fill_slots)
+@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["entering"])
+def enter_slots(
+    before,
+    states,
+    entering,
+    enters,
+    H,
+    Eb: tl.int64,
+    En: tl.int64,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Adds to the states in slots what was made `before` of what enters the runs. Grid: (slots, B · H, blocks of columns)."""
+    run = tl.load(enters + tl.program_id(0))
+    if run >= 0:
+        batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+        down, right = tl.arange(0, BK), tl.program_id(2) * BC + tl.arange(0, BC)
+        place = (batch * tl.num_programs(0) + tl.program_id(0)) * H + head
+        S = _matrix(entering + batch * Eb + run * En + head * (K * V), down, right, V, K)
+        S = tl.dot(_matrix(before + place * (K * K), down, tl.arange(0, BK), K, K), S, out_dtype=tl.float64)
+        at = states + place * (K * V) + down[:, None] * V + right[None, :]
+        inside = (down < K)[:, None] & (right < V)[None, :]
+        tl.store(at, (tl.load(at, mask=inside, other=0.0) + S).to(tl.float32), mask=inside)
+
+
+_walk = Kernel(walk_chains)
+_enter = Kernel(enter_slots)
+
+
+@dataclass
+class DenseAhead(Ahead):
+    """`Course.ahead` for dense maps on a GPU: what follows when it is known what enters is no chain of products.
+
+    Attributes:
+        before: the transitions to each slot ``[B, slots, H, K, K]``.
+        made: the states in slots that nothing enters.
+    """
+
+    before: Tensor
+    made: Tensor
+
+    def states(self, entering: Tensor | None) -> Tensor:
+        batch, slots, H, K, V = self.made.shape
+        if entering is not None:
+            entering = _whole(entering)
+            launch = _entering(slots, batch, H, K, V, entering.stride()[:2])
+            launch(self.before, self.made, entering, self.course.on(entering.device).enters)
+        return self.made
+
+
+def ahead(course: Course, maps: Summary, seeds: Tensor | None) -> DenseAhead:
+    """`Course.ahead` for dense maps on a GPU."""
+    batch, _, H, K, _ = maps.B.shape
+    before = maps.B.new_empty(batch, course.slots, H, K, K)
+    leaving = maps.empty(course.runs)
+    states = _walked(course, maps, seeds, None, before, leaving)
+    return DenseAhead(course, maps, seeds, leaving, before, states)
 
 
 def leaving(course: Course, maps: Summary, seeds: Tensor | None) -> Summary:
     """`Course.leaving` for dense maps on a GPU."""
-    A, B = _whole(maps.A), _whole(maps.B)
-    out, at = maps.empty(course.runs), course.on(B.device)
-    seeds = None if seeds is None else ready(seeds)
-    strides = (*A.stride()[:2], *B.stride()[:2], _step(seeds), *out.A.stride()[:2], *out.B.stride()[:2])
-    launch = _launch(_leave, course.runs, True, B.shape, strides, (seeds is not None,))
-    launch(A, B, B if seeds is None else seeds, out.A, out.B, at.order, at.first, at.seed, at.final)
-    return out
+    return ahead(course, maps, seeds).leaving
 
 
 def states(course: Course, maps: Summary, seeds: Tensor | None, entering: Tensor | None) -> Tensor:
     """`Course.states` likewise."""
-    A, B = _whole(maps.A), _whole(maps.B)
+    return _walked(course, maps, seeds, entering, None, None)
+
+
+def _walked(
+    course: Course, maps: Summary, seeds: Tensor | None, entering: Tensor | None, before: Tensor | None, leaving: Summary | None
+) -> Tensor:  # fmt: skip
+    A, B, at = _whole(maps.A), _whole(maps.B), course.on(maps.B.device)
     batch, _, *state = B.shape
-    out, at = B.new_empty(batch, course.slots, *state), course.on(B.device)
+    out = B.new_empty(batch, course.slots, *state)
     seeds = None if seeds is None else ready(seeds)
-    enters = (0, 0) if entering is None else entering.stride()[:2]
-    strides = (*A.stride()[:2], *B.stride()[:2], _step(seeds), *enters, *out.stride()[:2])
-    launch = _launch(_fill, len(at.seed), False, B.shape, strides, (seeds is not None, entering is not None))
+    entering = None if entering is None else _whole(entering)
+    strides = (
+        *A.stride()[:2], *B.stride()[:2], 0 if seeds is None else seeds.stride(0),
+        *((0, 0) if entering is None else entering.stride()[:2]), course.slots,
+        *((0, 0, 0, 0) if leaving is None else (*leaving.A.stride()[:2], *leaving.B.stride()[:2])),
+    )  # fmt: skip
+    given = (seeds is not None, entering is not None, before is not None)
+    launch = _walking(len(at.seed), B.shape, strides, given)
     launch(
-        A, B, B if seeds is None else seeds, B if entering is None else entering, out,
-        at.order, at.first, at.until, at.seed, at.run, at.slot,
+        A, B, B if seeds is None else seeds, B if entering is None else entering, out if before is None else before, out,
+        out if leaving is None else leaving.A, out if leaving is None else leaving.B,
+        at.order, at.first, at.until, at.seed, at.run, at.slot, at.final,
     )  # fmt: skip
     return out
 
 
+#: Columns a program, and warps: with these two programs share a processor, and one computes while the other waits.
+_COLUMNS, _WARPS = 16, 4
+
+
 @lru_cache(maxsize=4096)
-def _launch(
-    kernel: Kernel, programs: int, transitions: bool, shape: tuple[int, ...], strides: tuple[int, ...], given: tuple[bool, ...]
-) -> Launch:  # fmt: skip
+def _walking(chains: int, shape: tuple[int, ...], strides: tuple[int, ...], given: tuple[bool, bool, bool]) -> Launch:
     batch, _, H, K, V = shape
-    BC = 16
-    blocks = -(-V // BC) + (-(-K // BC) if transitions else 0)
-    flags = dict(zip(("SEEDED", "ENTERED"), given, strict=False))
-    return kernel.launch((programs, batch * H, blocks), H, *strides, **flags, K=K, V=V, BK=padded(K), BC=BC, warps=8)
+    blocks = -(-V // _COLUMNS) + (-(-K // _COLUMNS) if given[2] else 0)
+    flags = dict(zip(("SEEDED", "ENTERED", "AHEAD"), given, strict=True))
+    return _walk.launch(
+        (chains, batch * H, blocks), H, *strides, **flags, K=K, V=V, BK=padded(K), BC=_COLUMNS, warps=_WARPS
+    )
+
+
+@lru_cache(maxsize=4096)
+def _entering(slots: int, batch: int, H: int, K: int, V: int, strides: tuple[int, ...]) -> Launch:
+    return _enter.launch(
+        (slots, batch * H, -(-V // _COLUMNS)), H, *strides, K=K, V=V, BK=padded(K), BC=_COLUMNS, warps=_WARPS
+    )
 
 
 def _whole(x: Tensor) -> Tensor:
-    """Maps whose numbers lie head after head, row after row, as kernels take them."""
+    """Maps and states whose numbers lie head after head, row after row, as kernels take them."""
     _, _, _, K, width = x.shape
     return x if x.stride()[2:] == (K * width, width, 1) else x.contiguous()
-
-
-def _step(seeds: Tensor | None) -> int:
-    return 0 if seeds is None else seeds.stride(0)

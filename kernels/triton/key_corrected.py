@@ -89,7 +89,7 @@ class TritonKeyDelta(TritonDelta):
         gated: bool,
         kept: tuple[Tensor, ...],
     ) -> Tokens:
-        given, k, (g, beta, G, starts, _, _, _, reaches, *_) = q.dtype, tokens.k, tokens.gates
+        given, k, (g, beta, G, _, _, _, _, reaches, *_) = q.dtype, tokens.k, tokens.gates
         B, _, H, K = k.shape
         bounds, sizes = segments.bounds(k.device), _Sizes.of(tokens, segments)
         asked, q, do = self.asked(q, tokens, segments), as_computed(q), as_computed(do)
@@ -98,7 +98,7 @@ class TritonKeyDelta(TritonDelta):
         as_query = _as_query(k, dv, u, tokens, entry, segments, -1.0, change)
         read = torch.empty_like(as_query)
         S_dS = torch.empty(B, len(segments), H, K, dtype=torch.float32, device=k.device)
-        _read_gradients(sizes, scale)(u, do, dv, asked[0], starts, read, G, exit_gradient, entry, S_dS, bounds)
+        _read_gradients(sizes, scale)(u, do, dv, q, k, read, G, exit_gradient, entry, S_dS, bounds)
         dk = torch.empty_like(k)
         _key_gradient(sizes, scale)(q, k, u, do, dv, G, reaches, as_query, read, dk, change, bounds)
         gates: tuple[Tensor, ...] = ()
@@ -114,10 +114,10 @@ def _as_query(
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient of x as a query whose output has the gradient a; in float32, and of x the keys, where there is no `out`."""
-    _, _, G, _, ends, _, _, reaches, *_ = tokens.gates
+    _, _, G, _, _, _, _, reaches, *_ = tokens.gates
     bounds, sizes = segments.bounds(x.device), _Sizes.of(tokens, segments)
     read = torch.empty_like(x, dtype=torch.float32)
-    _reading(sizes)(a, u, ends, read, G, entry, bounds)
+    _reading(sizes)(a, u, tokens.k, read, G, entry, bounds)
     dx = read if out is None else out
     _query_gradient(sizes, scale, out is None)(
         x, tokens.k, u, a, G, reaches, read, dx, change, bounds

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.delta import chunk_decay, inverse
+from lasp.kernels.triton.delta import chunk_sum, inverse
 from lasp.kernels.triton.language import LOG2E, fine_product, load_rows, product, segment_of, store_rows, tokens_of
 
 #: The least log-decay of one token, in powers of two: sums of it are subtracted.
@@ -110,16 +110,17 @@ def scale_keys(
     t = tl.program_id(2) * C
     if t < length:
         row, left = first + t * H.to(tl.int64), length - t
-        least = tl.load(reaches + row) - 1
+        reach = tl.load(reaches + row)
         pairs = tl.zeros([C, C], dtype=tl.float32)
+        nothing = tl.zeros([C, C], dtype=tl.float32)
         for block in tl.range(0, K, BK, num_stages=1):
             columns = block + tl.arange(0, BK)
             tk = load_rows(k, row, left, rows, columns, H, K).to(tl.float32)
             sums = _sums(G, row, left, rows, columns, H, K)
-            for size in tl.range(least, SIZES, num_stages=1):
+            for size in tl.range(reach - 1, SIZES, num_stages=1):
                 later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
-                here = product(tk * later, tl.trans(tk * earlier), PRECISION)
-                pairs += tl.where(_meeting(rows, size, least), here, 0.0)
+                here = fine_product(nothing, tk * later, tl.trans(tk * earlier), PRECISION)
+                pairs += tl.where(_meeting(rows, size, reach - 1), here, 0.0)
             store_rows(starts, tk * tl.exp2(sums.to(tl.float32)), row, left, rows, columns, H, K)
             store_rows(ends, tk * _to_end(sums, G, row, left, columns, H, K, C), row, left, rows, columns, H, K)
         pairs = tl.where(rows[:, None] > rows[None, :], pairs, 0.0)
@@ -155,17 +156,18 @@ def scale_queries(
     t = tl.program_id(2) * C
     if t < length:
         row, left = first + t * H.to(tl.int64), length - t
-        least = tl.load(reaches + row) - 1
+        reach = tl.load(reaches + row)
         pairs = tl.zeros([C, C], dtype=tl.float32)
+        nothing = tl.zeros([C, C], dtype=tl.float32)
         for block in tl.range(0, K, BK, num_stages=1):
             columns = block + tl.arange(0, BK)
             tq, tk = load_rows(q, row, left, rows, columns, H, K), load_rows(k, row, left, rows, columns, H, K)
             tq, tk = tq.to(tl.float32), tk.to(tl.float32)
             sums = _sums(G, row, left, rows, columns, H, K)
-            for size in tl.range(least, SIZES, num_stages=1):
+            for size in tl.range(reach - 1, SIZES, num_stages=1):
                 later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
-                here = product(tq * later, tl.trans(tk * earlier), PRECISION)
-                pairs += tl.where(_meeting(rows, size, least), here, 0.0)
+                here = fine_product(nothing, tq * later, tl.trans(tk * earlier), PRECISION)
+                pairs += tl.where(_meeting(rows, size, reach - 1), here, 0.0)
             store_rows(starts, tq * tl.exp2(sums.to(tl.float32)), row, left, rows, columns, H, K)
         store_rows(P, tl.where(rows[:, None] >= rows[None, :], pairs, 0.0), row, left, rows, rows, H, C)
 
@@ -174,7 +176,7 @@ def scale_queries(
 def read_states(
     a,
     u,
-    ends,
+    k,
     out,
     G,
     S,
@@ -199,7 +201,8 @@ def read_states(
     batch, head, _, length, first = segment_of(bounds, T, H)
     reading = tokens_of(a, first, length, H, V, C, BV)
     us = tokens_of(u, first, length, H, V, C, BV)
-    ending = tokens_of(ends, first, length, H, K, C, BC)
+    ks = tokens_of(k, first, length, H, K, C, BC)
+    gs = tokens_of(G, first, length, H, K, C, BC)
     outs = tokens_of(out, first, length, H, K, C, BC)
     down, right = block * BC + tl.arange(0, BC), tl.arange(0, BV)
     at = ((batch * n + segment) * H + head) * (K * V) + down[:, None] * V + right[None, :]
@@ -208,8 +211,11 @@ def read_states(
     for i in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         read = fine_product(nothing, St, tl.trans(reading.load([i * C, 0])), PRECISION)
         outs.store([i * C, block * BC], tl.trans(read))
-        St *= chunk_decay(G, first, i * C, down, length, H, K, C)[:, None]
-        St = fine_product(St, tl.trans(ending.load([i * C, block * BC])), us.load([i * C, 0]), PRECISION)
+        whole = chunk_sum(G, first, i * C, down, length, H, K, C)[:, None]
+        keys = tl.trans(ks.load([i * C, block * BC])).to(tl.float32)
+        # Not as rounded by `scale_keys`: what a gate's gradient is the small difference of would not meet.
+        keys *= tl.exp2((whole - tl.trans(gs.load([i * C, block * BC]))).to(tl.float32))
+        St = fine_product(St * tl.exp2(whole.to(tl.float32)), keys, us.load([i * C, 0]), PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
@@ -217,8 +223,8 @@ def read_gradients(
     u,
     do,
     dv,
-    queries,
-    keys,
+    q,
+    k,
     out,
     G,
     dS,
@@ -247,8 +253,9 @@ def read_gradients(
     us = tokens_of(u, first, length, H, V, C, BV)
     dos = tokens_of(do, first, length, H, V, C, BV)
     dvs = tokens_of(dv, first, length, H, V, C, BV)
-    asking = tokens_of(queries, first, length, H, K, C, BC)
-    starting = tokens_of(keys, first, length, H, K, C, BC)
+    qs = tokens_of(q, first, length, H, K, C, BC)
+    ks = tokens_of(k, first, length, H, K, C, BC)
+    gs = tokens_of(G, first, length, H, K, C, BC)
     outs = tokens_of(out, first, length, H, K, C, BC)
     down, right = block * BC + tl.arange(0, BC), tl.arange(0, BV)
     place = (batch * n + segment) * H + head
@@ -261,13 +268,43 @@ def read_gradients(
         chunk = count - 1 - i
         read = fine_product(nothing, St, tl.trans(us.load([chunk * C, 0])), PRECISION)
         outs.store([chunk * C, block * BC], tl.trans(read))
-        St *= chunk_decay(G, first, chunk * C, down, length, H, K, C)[:, None]
-        asked = tl.trans(asking.load([chunk * C, block * BC])).to(tl.float32) * scale
+        St *= tl.exp2(chunk_sum(G, first, chunk * C, down, length, H, K, C).to(tl.float32))[:, None]
+        entering = tl.exp2(tl.trans(gs.load([chunk * C, block * BC])).to(tl.float32))
+        asked = tl.trans(qs.load([chunk * C, block * BC])).to(tl.float32) * entering * scale
         St = fine_product(St, asked, dos.load([chunk * C, 0]), PRECISION)
-        asked = -tl.trans(starting.load([chunk * C, block * BC])).to(tl.float32)
-        St = fine_product(St, asked.to(keys.dtype.element_ty), dvs.load([chunk * C, 0]), PRECISION)
+        corrected = tl.trans(ks.load([chunk * C, block * BC])).to(tl.float32) * -entering
+        St = fine_product(St, corrected, dvs.load([chunk * C, 0]), PRECISION)
     both = tl.load(S + at, mask=inside, other=0.0) * St
     tl.store(S_dS + place * K + down, tl.sum(both, 1), mask=down < K)
+
+
+@triton.jit
+def _diagonal(pairs, rows):
+    """What each token has with itself, as a column."""
+    return tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)[:, None]
+
+
+@triton.jit
+def _of_pairs(
+    weights, x, sums, G, reach, row, left, rows, columns, H,
+    K: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, SIZES: tl.constexpr, TO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums of what each token meets of x, decayed between the two.
+
+    Rows of weights are the later tokens, TO_KEYS the earlier ones; pairs in the other order are left out.
+    """
+    found = tl.zeros([C, BC], dtype=tl.float32)
+    nothing = tl.zeros([C, BC], dtype=tl.float32)
+    for size in tl.range(reach - 1, SIZES, num_stages=1):
+        later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
+        meeting = _meeting(rows, size, reach - 1)
+        if TO_KEYS:
+            here = tl.where(meeting & (rows[:, None] < rows[None, :]), weights, 0.0)
+            found += fine_product(nothing, here, x * later, PRECISION) * earlier
+        else:
+            here = tl.where(meeting & (rows[:, None] > rows[None, :]), weights, 0.0)
+            found += fine_product(nothing, here, x * earlier, PRECISION) * later
+    return found
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -307,28 +344,22 @@ def query_gradient(
     t = tl.program_id(2) // blocks * C
     if t < length:
         row, left = first + t * H.to(tl.int64), length - t
-        least = tl.load(reaches + row) - 1
+        reach = tl.load(reaches + row)
         weights = product(
             load_rows(a, row, left, rows, across, H, V),
             tl.trans(load_rows(u, row, left, rows, across, H, V)),
             PRECISION,
         )
-        itself = tl.sum(tl.where(rows[:, None] == rows[None, :], weights, 0.0), 1)[:, None]
-        weights = tl.where(rows[:, None] > rows[None, :], weights, 0.0)
         tk = load_rows(k, row, left, rows, columns, H, K).to(tl.float32)
         sums = _sums(G, row, left, rows, columns, H, K)
-        found = load_rows(read, row, left, rows, columns, H, K) * tl.exp2(sums.to(tl.float32))
-        nothing = tl.zeros([C, BC], dtype=tl.float32)
-        for size in tl.range(least, SIZES, num_stages=1):
-            later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
-            here = tl.where(_meeting(rows, size, least), weights, 0.0)
-            found += fine_product(nothing, here, tk * earlier, PRECISION) * later
+        found = _of_pairs(weights, tk, sums, G, reach, row, left, rows, columns, H, K, BC, C, SIZES, False, PRECISION)
+        found += load_rows(read, row, left, rows, columns, H, K) * tl.exp2(sums.to(tl.float32))
         tx = load_rows(x, row, left, rows, columns, H, K).to(tl.float32)
         change_here = tx * found * scale
         if AS_KEYS:
             change_here += load_rows(change, row, left, rows, columns, H, K)
         else:
-            found += itself * tk
+            found += _diagonal(weights, rows) * tk
         store_rows(change, change_here, row, left, rows, columns, H, K)
         store_rows(dx, found * scale, row, left, rows, columns, H, K)
 
@@ -369,30 +400,20 @@ def key_gradient(
     t = tl.program_id(2) // blocks * C
     if t < length:
         row, left = first + t * H.to(tl.int64), length - t
-        least = tl.load(reaches + row) - 1
+        reach = tl.load(reaches + row)
+        tk = load_rows(k, row, left, rows, columns, H, K).to(tl.float32)
+        sums = _sums(G, row, left, rows, columns, H, K)
         # Rows are the earlier tokens: no product is turned.
         tu = load_rows(u, row, left, rows, across, H, V)
-        outputs = product(tu, tl.trans(load_rows(do, row, left, rows, across, H, V)), PRECISION) * scale
-        values = -product(tu, tl.trans(load_rows(dv, row, left, rows, across, H, V)), PRECISION)
-        itself = tl.sum(tl.where(rows[:, None] == rows[None, :], outputs, 0.0), 1)[:, None]
-        outputs = tl.where(rows[:, None] < rows[None, :], outputs, 0.0)
-        values = tl.where(rows[:, None] < rows[None, :], values, 0.0)
-        tq, tk = (
-            load_rows(q, row, left, rows, columns, H, K).to(tl.float32),
-            load_rows(k, row, left, rows, columns, H, K).to(tl.float32),
-        )
-        sums = _sums(G, row, left, rows, columns, H, K)
-        found = load_rows(read, row, left, rows, columns, H, K) * _to_end(sums, G, row, left, columns, H, K, C)
-        nothing = tl.zeros([C, BC], dtype=tl.float32)
-        for size in tl.range(least, SIZES, num_stages=1):
-            later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
-            meeting = _meeting(rows, size, least)
-            of_pairs = fine_product(nothing, tl.where(meeting, outputs, 0.0), tq * later, PRECISION)
-            of_pairs = fine_product(of_pairs, tl.where(meeting, values, 0.0), tk * later, PRECISION)
-            found += of_pairs * earlier
+        weights = product(tu, tl.trans(load_rows(dv, row, left, rows, across, H, V)), PRECISION)
+        found = -_of_pairs(weights, tk, sums, G, reach, row, left, rows, columns, H, K, BC, C, SIZES, True, PRECISION)
+        weights = product(tu, tl.trans(load_rows(do, row, left, rows, across, H, V)), PRECISION) * scale
+        tq = load_rows(q, row, left, rows, columns, H, K).to(tl.float32)
+        found += _of_pairs(weights, tq, sums, G, reach, row, left, rows, columns, H, K, BC, C, SIZES, True, PRECISION)
+        found += load_rows(read, row, left, rows, columns, H, K) * _to_end(sums, G, row, left, columns, H, K, C)
         change_here = load_rows(change, row, left, rows, columns, H, K) - tk * found
         store_rows(change, change_here, row, left, rows, columns, H, K)
-        found += load_rows(as_query, row, left, rows, columns, H, K) + itself * tq
+        found += load_rows(as_query, row, left, rows, columns, H, K) + _diagonal(weights, rows) * tq
         store_rows(dk, found, row, left, rows, columns, H, K)
 
 

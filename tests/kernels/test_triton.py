@@ -205,11 +205,14 @@ def test_courses(family: str, seeded: bool, course: tuple) -> None:
         ours = form.leaving(built, maps, seeds)
         entered = form.states(built, maps, seeds, entering.to(DEVICE))
         from_nothing = form.states(built, maps, seeds, None)
+        begun = dense_scan.ahead(built, maps, seeds) if family == "dense" else built.ahead(maps, seeds)
+        later = begun.states(entering.to(DEVICE))
     theirs = built.leaving(host, wide)
     assert relative_error(ours.A, theirs.A) < 1e-6
     assert relative_error(ours.B, theirs.B) < 1e-6
     assert relative_error(ours.pack(), theirs.pack()) < 1e-6
     assert relative_error(entered, built.states(host, wide, entering.double())) < 1e-6
+    assert relative_error(later, built.states(host, wide, entering.double())) < 1e-6
     assert relative_error(from_nothing, built.states(host, wide, None)) < 1e-6
 
 
