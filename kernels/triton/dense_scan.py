@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lasp.kernels.course import Ahead, Course
 from lasp.kernels.summary import Summary
+from lasp.kernels.triton.language import add_product
 from lasp.kernels.triton.launch import Kernel, Launch, ready
 from lasp.kernels.triton.tiling import padded
 
@@ -133,11 +134,15 @@ def enter_slots(
         batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
         down, right = tl.arange(0, BK), tl.program_id(2) * BC + tl.arange(0, BC)
         place = (batch * tl.num_programs(0) + tl.program_id(0)) * H + head
-        S = _matrix(entering + batch * Eb + run * En + head * (K * V), down, right, V, K)
-        S = tl.dot(_matrix(before + place * (K * K), down, tl.arange(0, BK), K, K), S, out_dtype=tl.float64)
-        at = states + place * (K * V) + down[:, None] * V + right[None, :]
         inside = (down < K)[:, None] & (right < V)[None, :]
-        tl.store(at, (tl.load(at, mask=inside, other=0.0) + S).to(tl.float32), mask=inside)
+        at = entering + batch * Eb + run * En + head * (K * V) + down[:, None] * V + right[None, :]
+        S = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        across = tl.arange(0, BK)
+        at = before + place * (K * K) + down[:, None] * K + across[None, :]
+        step = tl.load(at, mask=(down < K)[:, None] & (across < K)[None, :], other=0.0)
+        at = states + place * (K * V) + down[:, None] * V + right[None, :]
+        # A single product, and no chain of them: three parts of tf32 will do.
+        tl.store(at, add_product(tl.load(at, mask=inside, other=0.0), step, S, "tf32x3"), mask=inside)
 
 
 _walk = Kernel(walk_chains)
@@ -207,25 +212,20 @@ def _walked(
     return out
 
 
-#: Columns a program, and warps: with these two programs share a processor, and one computes while the other waits.
-_COLUMNS, _WARPS = 16, 4
-
-
 @lru_cache(maxsize=4096)
 def _walking(chains: int, shape: tuple[int, ...], strides: tuple[int, ...], given: tuple[bool, bool, bool]) -> Launch:
     batch, _, H, K, V = shape
-    blocks = -(-V // _COLUMNS) + (-(-K // _COLUMNS) if given[2] else 0)
     flags = dict(zip(("SEEDED", "ENTERED", "AHEAD"), given, strict=True))
-    return _walk.launch(
-        (chains, batch * H, blocks), H, *strides, **flags, K=K, V=V, BK=padded(K), BC=_COLUMNS, warps=_WARPS
-    )
+    # As many columns as let all programs run at once.
+    BC = 32 if given[2] else 16
+    blocks = -(-V // BC) + (-(-K // BC) if given[2] else 0)
+    return _walk.launch((chains, batch * H, blocks), H, *strides, **flags, K=K, V=V, BK=padded(K), BC=BC, warps=8)
 
 
 @lru_cache(maxsize=4096)
 def _entering(slots: int, batch: int, H: int, K: int, V: int, strides: tuple[int, ...]) -> Launch:
-    return _enter.launch(
-        (slots, batch * H, -(-V // _COLUMNS)), H, *strides, K=K, V=V, BK=padded(K), BC=_COLUMNS, warps=_WARPS
-    )
+    BC = min(64, padded(V))
+    return _enter.launch((slots, batch * H, -(-V // BC)), H, *strides, K=K, V=V, BK=padded(K), BC=BC, warps=8)
 
 
 def _whole(x: Tensor) -> Tensor:

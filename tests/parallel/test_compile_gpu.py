@@ -16,7 +16,7 @@ from lasp import SequenceLayout, SequenceParallel
 from lasp.ops import softmax_attn
 from lasp.ops.linear import start
 from tests.lasp.test_compile import afresh, check_model, compiled, model, results, step
-from tests.parallel.test_linear import OPS, inputs
+from tests.parallel.test_linear import CORRECTED, OPS, inputs
 from tests.parallel.test_nccl import _port, _rank
 from tests.support import DOCUMENTS, TOKENS, Inputs, assert_close
 
@@ -101,7 +101,7 @@ def test_the_memory_of_what_was_started() -> None:
     assert_close(results(compiled(function, "inductor"), tensors), results(function, tensors), TOLERANCE)
 
 
-@pytest.mark.parametrize("mixer", ["retention", "gla"])
+@pytest.mark.parametrize("mixer", ["retention", "gla", "gated_delta_net", "kda", "mamba2"])
 def test_models(mixer: str) -> None:
     tokens = torch.arange(2 * TOKENS, device="cuda").view(2, TOKENS) * 7 % 31
     net = model(mixer, "LN").float().cuda()
@@ -152,6 +152,9 @@ def test_ops_do_not_wait(op: str, world: int, backend: str | None) -> None:
         if axes is not None and op != "retention":  # which has its own
             sizes = {"B": 1, "T": sp.local_tokens, "H": 2, "K": 16}
             tensors["g"] = -x.uniform(*(sizes[axis] for axis in axes.split())).cuda()
+        if op in CORRECTED:
+            tensors["k"] = torch.nn.functional.normalize(tensors["k"], dim=-1)
+            tensors["beta"] = x.uniform(1, sp.local_tokens, 2).cuda()
         if op == "softmax_attn":
             function = partial(softmax_attn, sp=sp)
         else:
@@ -163,8 +166,9 @@ def test_ops_do_not_wait(op: str, world: int, backend: str | None) -> None:
 @pytest.mark.parametrize("backend", [None, "inductor"])
 @pytest.mark.parametrize("again", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("world", [1, 4])
-def test_models_do_not_wait(world: int, again: bool, backend: str | None) -> None:
-    net = model("gla", "LLLN", layers=4).float().cuda()
+@pytest.mark.parametrize("mixer", ["gla", "kda"])
+def test_models_do_not_wait(mixer: str, world: int, again: bool, backend: str | None) -> None:
+    net = model(mixer, "LLLN", layers=4).float().cuda()
     with ranks(world) as sp:
         tokens = torch.arange(sp.local_tokens, device="cuda").view(1, -1) % 31
         function = step if backend is None else compiled(step, backend)

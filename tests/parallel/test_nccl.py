@@ -56,7 +56,7 @@ def _exchanges(world: int) -> None:
                 sp = SequenceParallel(
                     dist.group.WORLD, layout(TOKENS, world, DOCUMENTS["packed"]), exchange=name, nodes=nodes
                 )
-                for op in ("linear_attn", "simple_gla", "gla"):
+                for op in ("linear_attn", "simple_gla", "gla", "delta_rule"):
                     _check(run(op, sp, "packed", torch.float64, True, True, device="cuda"), 1e-10)
 
 
