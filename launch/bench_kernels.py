@@ -23,28 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp import SequenceLayout, SequenceParallel
-from lasp.kernels import ChunkedDecay, ChunkedDelta, Tokens
+from lasp.launch.kernel_cases import OPS, Op, Shape, errors, inputs, ours, passes, peer_of, peer_split
 from lasp.launch.record import command_of, record
 from lasp.launch.timing import busy, ceilings, fake_group, milliseconds
-from lasp.ops import delta_rule, gated_delta_rule, gla, kda, lightning_attn, linear_attn, retention, simple_gla
-from lasp.ops.linear import retention_log_decay
-from lasp.parallel import start_linear
-
-Op = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """B sequences of T tokens, H heads, K = V = D."""
-
-    B: int
-    T: int
-    H: int
-    D: int = 128
-
-    def __str__(self) -> str:
-        return f"B={self.B} T={self.T} H={self.H} D={self.D}"
-
 
 #: The shapes that are timed by default.
 SHAPES = (
@@ -54,8 +35,6 @@ SHAPES = (
     Shape(8, 4096, 16),
     Shape(1, 262144, 4),
 )
-#: Where accuracy is looked at: its heads fill the chip, so that segments are long and errors have room to grow.
-ACCURACY = Shape(4, 8192, 16)
 
 
 @dataclass(frozen=True)
@@ -78,165 +57,6 @@ class Options:
     result: Path = Path("bench_kernels.json")
 
 
-# -- the ops ----------------------------------------------------------------------------------------------------------
-
-
-def lightning_decay(H: int, device: torch.device) -> Tensor:
-    """flash-linear-attention's, of the first of many layers: from 0 to nearly −8 a token."""
-    return -8 / H * torch.arange(H, dtype=torch.float32, device=device)
-
-
-def by_token(*axes: str) -> Callable[..., Tensor]:
-    """A log-decay as models have it at the start: logsigmoid of noise, divided by 16 as in GLA."""
-
-    def make(shape: Shape, device: torch.device, strength: float) -> Tensor:
-        sizes = {"B": shape.B, "T": shape.T, "H": shape.H, "K": shape.D}
-        noise = torch.randn(*(sizes[a] for a in axes), device=device)
-        return F.logsigmoid(noise) * strength
-
-    return make
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op, its gates, and its peer by name in flash-linear-attention.
-
-    Attributes:
-        ours: takes q, k, v and the gates that there are.
-        gate: makes the log-decay, if there is one.
-        peer: the module and the function.
-        learnt: whether the gates have gradients.
-        corrected: whether the state is corrected, by the delta rule, as far as a beta says.
-    """
-
-    ours: Op
-    gate: Callable[..., Tensor] | None
-    peer: str
-    learnt: bool = False
-    corrected: bool = False
-
-    def floor_bytes(self, shape: Shape, gates: Sequence[Tensor | None]) -> tuple[int, int]:
-        """The bytes of forward, and of both passes, when inputs are read once in each and outputs written once."""
-        tokens = shape.B * shape.T * shape.H * shape.D * 2
-        g = sum(gate.nbytes for gate in gates if gate is not None and gate.dim() > 1)
-        return 4 * tokens + g, 11 * tokens + 3 * g
-
-    def floor_operations(self, shape: Shape) -> tuple[int, int]:
-        """Operations of forward, and of both passes: the products with a K × V state, two a token forward and four backward.
-
-        By the delta rule a key's is a third, and backward there are two more.
-        """
-        product = 2 * shape.B * shape.T * shape.H * shape.D**2
-        return (3 * product, 9 * product) if self.corrected else (2 * product, 6 * product)
-
-
-OPS: dict[str, Case] = {
-    "linear_attn": Case(linear_attn, None, "linear_attn.chunk_linear_attn"),
-    "lightning_attn": Case(
-        lightning_attn, lambda s, d, _strength: lightning_decay(s.H, d), "lightning_attn.chunk_lightning_attn"
-    ),
-    "retention": Case(retention, lambda s, d, _strength: retention_log_decay(s.H, d), "retention.chunk_retention"),
-    "simple_gla": Case(simple_gla, by_token("B", "T", "H"), "simple_gla.chunk_simple_gla", learnt=True),
-    "gla": Case(gla, by_token("B", "T", "H", "K"), "gla.chunk_gla", learnt=True),
-    "delta_rule": Case(delta_rule, None, "delta_rule.chunk_delta_rule", learnt=True, corrected=True),
-    "gated_delta_rule": Case(
-        gated_delta_rule,
-        by_token("B", "T", "H"),
-        "gated_delta_rule.chunk_gated_delta_rule",
-        learnt=True,
-        corrected=True,
-    ),
-    "kda": Case(kda, by_token("B", "T", "H", "K"), "kda.chunk_kda", learnt=True, corrected=True),
-}
-
-
-def peer_of(name: str) -> Op | None:
-    """flash-linear-attention's op with the signature of ours, or None where it is not installed."""
-    try:
-        import fla.ops.common.chunk_o
-        import fla.ops.delta_rule
-        import fla.ops.gated_delta_rule
-        import fla.ops.gla
-        import fla.ops.kda
-        import fla.ops.lightning_attn
-        import fla.ops.linear_attn
-        import fla.ops.retention
-        import fla.ops.simple_gla
-    except ImportError:
-        return None
-    # Before Triton 3.7.1 it refuses its gated backward on Hopper. At K = 128, which is measured here, it is right.
-    fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = True
-    module, function = OPS[name].peer.split(".")
-    op = getattr(getattr(fla.ops, module), function)
-    if name == "linear_attn":
-        return lambda q, k, v, _g, _beta: op(q, k, v, normalize=False)
-    if name == "lightning_attn":
-        return lambda q, k, v, _g, _beta: op(q, k, v, layer_idx=0, num_layers=10**9)
-    if name == "retention":
-        return lambda q, k, v, _g, _beta: op(q, k, v)
-    return lambda q, k, v, *gates: op(q, k, v, *(gate for gate in gates if gate is not None))
-
-
-def ours(name: str, sp: SequenceParallel | None = None) -> Op:
-    case = OPS[name]
-    return lambda q, k, v, *gates: case.ours(q, k, v, *(gate for gate in gates if gate is not None), sp=sp)
-
-
-# -- accuracy ---------------------------------------------------------------------------------------------------------
-
-
-def inputs(name: str, shape: Shape, strength: float, dtype: torch.dtype = torch.bfloat16) -> list[Tensor | None]:
-    """q, k, v, g, beta and do, fresh; by the delta rule queries and keys are of length 1."""
-    device, case = torch.device("cuda"), OPS[name]
-    q, k, v, do = (torch.randn(shape.B, shape.T, shape.H, shape.D, device=device, dtype=dtype) for _ in range(4))
-    g = None if case.gate is None else case.gate(shape, device, strength)
-    if not case.corrected:
-        return [q, k, v, g, None, do]
-    beta = torch.rand(shape.B, shape.T, shape.H, device=device).to(dtype)
-    return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta, do]
-
-
-def results(op: Op, tensors: list[Tensor | None], learnt: bool) -> dict[str, Tensor]:
-    """The output and every gradient."""
-    *leaves, do = tensors
-    fresh = [None if x is None else x.detach().clone() for x in leaves]
-    named = {name: x for name, x in zip(("q", "k", "v", "g", "beta"), fresh, strict=True) if x is not None}
-    wanted = {name: x for name, x in named.items() if name in "qkv" or learnt}
-    for x in wanted.values():
-        x.requires_grad_()
-    o = op(*fresh)
-    o = o[0] if isinstance(o, tuple) else o
-    o.backward(do)
-    found = {"o": o.detach()}
-    for name, x in wanted.items():
-        assert x.grad is not None
-        found[f"d{name}"] = x.grad
-    return found
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Tensor:
-    """The PyTorch form in float64, itself held to the token-by-token definition by the tests."""
-    tokens = Tokens(k, v, tuple(gate for gate in (g, beta) if gate is not None))
-    sp = SequenceParallel.single(SequenceLayout.contiguous(q.shape[1], 1))
-    return start_linear(ChunkedDecay() if beta is None else ChunkedDelta(), tokens, None, sp).finish(
-        q, q.shape[-1] ** -0.5
-    )[0]
-
-
-def errors(name: str, peer: Op | None, strength: float) -> dict[str, dict[str, float]]:
-    """Relative errors against float64, of ours and the peer's, on the same inputs."""
-    learnt = OPS[name].learnt
-    tensors = inputs(name, ACCURACY, strength)
-    want = results(exact, [None if x is None else x.double() for x in tensors], learnt)
-    torch.cuda.empty_cache()
-    found = {}
-    for who, op in (("lasp", ours(name)), ("fla", peer)):
-        if op is not None:
-            got = results(op, tensors, learnt)
-            found[who] = {key: ((got[key].double() - x).norm() / x.norm()).item() for key, x in want.items()}
-    return found
-
-
 # -- time and memory --------------------------------------------------------------------------------------------------
 
 
@@ -253,24 +73,6 @@ class Figure:
     forward: float = math.nan
     both: float = math.nan
     peak: float = math.nan
-
-
-def passes(op: Op, tensors: list[Tensor | None], learnt: bool) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """The forward, and forward and backward, of an op."""
-    *leaves, do = tensors
-    wanted = [x for x in (leaves if learnt else leaves[:3]) if x is not None]
-
-    def forward() -> Tensor:
-        o = op(*leaves)
-        return o[0] if isinstance(o, tuple) else o
-
-    def both() -> None:
-        for x in wanted:
-            x.requires_grad_()
-            x.grad = None
-        forward().backward(do)
-
-    return forward, both
 
 
 #: How often ops are timed by turns. The least counts: what else the machine does only adds.
@@ -311,32 +113,45 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *_gates: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def sp_overhead(name: str, size: int, calls: int) -> dict[str, float]:
-    """Local work of one rank of `size`, over that of the same tokens without sequence parallelism.
+def sp_overhead(name: str, size: int, calls: int) -> dict[str, dict[str, float]]:
+    """Local work of one rank of `size`, over that of the same tokens without sequence parallelism; of ours, and the peer's.
 
     `forward` and `both` compare what the device computes, the others the time from call to call, the host's part included.
     """
-    tensors, learnt = inputs(name, Shape(1, 32768, 16), 1 / 16), OPS[name].learnt
-    times: dict[str, list[tuple[float, float]]] = {"forward": [], "both": [], "forward_wall": [], "both_wall": []}
+    tokens = 32768
+    tensors, learnt = inputs(name, Shape(1, tokens, 16), 1 / 16), OPS[name].learnt
+    found = {}
     with fake_group(size) as group:
-        sp = SequenceParallel(group, SequenceLayout.contiguous(32768 * size, size))
-        # By turns, so that both see the same clocks.
-        for _ in range(3):
-            turns = []
-            for op in (ours(name, sp), ours(name)):
-                forward, both = passes(op, tensors, learnt)
-                with torch.no_grad():
-                    turn = {"forward_wall": milliseconds(forward, calls), "forward": busy(forward, calls)}
-                turn |= {"both_wall": milliseconds(both, calls), "both": busy(both, calls)}
-                turns.append(turn)
-            for key, pairs in times.items():
-                pairs.append((turns[0][key], turns[1][key]))
+        sp = SequenceParallel(group, SequenceLayout.contiguous(tokens * size, size))
+        for who, split, whole in (
+            ("lasp", ours(name, sp), ours(name)),
+            ("fla", peer_split(name, group, tokens * size), peer_of(name)),
+        ):
+            if split is not None and whole is not None:
+                found[who] = _ratios(split, whole, tensors, learnt, calls)
+    return found
+
+
+def _ratios(op: Op, other: Op, tensors: list[Tensor | None], learnt: bool, calls: int) -> dict[str, float]:
+    """Times of an op over those of another."""
+    times: dict[str, list[tuple[float, float]]] = {"forward": [], "both": [], "forward_wall": [], "both_wall": []}
+    # By turns, so that both see the same clocks.
+    for _ in range(3):
+        turns = []
+        for each in (op, other):
+            forward, both = passes(each, tensors, learnt)
+            with torch.no_grad():
+                turn = {"forward_wall": milliseconds(forward, calls), "forward": busy(forward, calls)}
+            turn |= {"both_wall": milliseconds(both, calls), "both": busy(both, calls)}
+            turns.append(turn)
+        for key, pairs in times.items():
+            pairs.append((turns[0][key], turns[1][key]))
     return {key: min(a for a, _ in pairs) / min(b for _, b in pairs) for key, pairs in times.items()}
 
 
 _FIRST_STEP = """
 import time, torch
-from lasp.launch.bench_kernels import OPS, Shape, inputs, ours, results
+from lasp.launch.kernel_cases import OPS, Shape, inputs, ours, results
 torch.cuda.synchronize()
 start = time.perf_counter()
 results(ours({name!r}), inputs({name!r}, Shape(1, 8192, 16), 1.0), OPS[{name!r}].learnt)
@@ -424,9 +239,11 @@ def run(options: Options, save: Callable[[dict[str, Any]], None]) -> dict[str, A
             print(line(row), flush=True)
             del tensors
             torch.cuda.empty_cache()
+        save(figures)
         if options.sp_size:
             overhead[name] = sp_overhead(name, options.sp_size, options.calls)
-            print(f"{name:15} one rank of {options.sp_size}, local work: " + str(overhead[name]), flush=True)
+            for who, ratios in overhead[name].items():
+                print(f"{name:15} {who:5} one rank of {options.sp_size}, local work: {ratios}", flush=True)
         save(figures)
     return figures
 

@@ -67,6 +67,12 @@ def fake_group(size: int) -> Iterator[dist.ProcessGroup]:
     def silent(rows: Tensor, _group: dist.ProcessGroup | None) -> tuple[Tensor, None]:
         return rows.new_empty(size * rows.shape[0], *rows.shape[1:]), None
 
-    with patch("lasp.parallel.exchange.all_gather.all_gather_rows", silent):
+    def unsent(*_: Any, **__: Any) -> None:
+        pass
+
+    with (
+        patch("lasp.parallel.exchange.all_gather.all_gather_rows", silent),
+        patch("torch.distributed.all_gather_into_tensor", unsent),
+    ):
         yield group
     dist.destroy_process_group()
