@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lasp import SequenceLayout
+from lasp.launch.kernel_cases import OPS
 from lasp.layers import MIXERS
 from lasp.ops import gla
 from lasp.training import read_options
@@ -91,11 +93,20 @@ def test_the_simulated_figures_are_recorded() -> None:
     assert f": {both:.0f} times less, or {charged:.1f} times with every kernel" in text
 
 
+def _kernels(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / f"launch/results/{name}.json").read_text())["figures"]
+
+
+DELTA = ("kernels_delta_rule", "kernels_gated_delta_rule", "kernels_kda", "kernels_kda_long")
+
+
 def test_the_kernels_figures_are_recorded() -> None:
-    figures = json.loads((ROOT / "launch/results/kernels.json").read_text())["figures"]
-    times = [row for row in figures["times"] if row["shape"] == "B=1 T=131072 H=16 D=128"]
-    assert len(times) == 5
-    for row in times:
+    text = " ".join(README.split())
+    recorded = [_kernels(name) for name in ("kernels", *DELTA)]
+    times = [row for figures in recorded for row in figures["times"]]
+    long = [row for row in times if row["shape"] == "B=1 T=131072 H=16 D=128"]
+    assert [row["op"] for row in long] == list(OPS)
+    for row in long:
         ours, peer = row["figures"]["lasp"], row["figures"]["fla"]
         assert (
             f"| `{row['op']}` "
@@ -103,19 +114,26 @@ def test_the_kernels_figures_are_recorded() -> None:
             f"| {ours['both']:.2f} ms, the peer {peer['both']:.1f} ({row['floor_both']:.2f}) "
             f"| {ours['peak']:.1f} GiB, the peer {peer['peak']:.1f} |"
         ) in README
+    faster = {
+        (row["op"], row["shape"]): row["figures"]["fla"]["both"] / row["figures"]["lasp"]["both"] for row in times
+    }
+    few = [x for (op, shape), x in faster.items() if shape == "B=1 T=262144 H=4 D=128" and OPS[op].corrected]
+    assert f"train {min(few):.1f} ([`kda`]" in text
+    assert f"to {max(few):.1f} times as fast" in text
+    slower = {where: x for where, x in faster.items() if x < 1}
+    assert slower.keys() == {("gated_delta_rule", "B=8 T=4096 H=16 D=128")}
+    assert f"at {next(iter(slower.values())):.2f} of its speed" in text
     # What is rounded to bfloat16 alone differs by less than a thousandth between two that round alike.
-    for by in figures["errors"].values():
+    for by in (by for figures in recorded for by in figures["errors"].values()):
         assert all(error <= 1.001 * by["fla"][name] for name, error in by["lasp"].items())
-    weak = [by for name, by in figures["errors"].items() if name.endswith("weak")]
-    assert f"at least {int(min(by['fla']['dg'] / by['lasp']['dg'] for by in weak))} times closer" in " ".join(
-        README.split()
-    )
+    weak = [by for name, by in recorded[0]["errors"].items() if name.endswith("weak")]
+    assert f"at least {int(min(by['fla']['dg'] / by['lasp']['dg'] for by in weak))} times closer" in text
     rows = json.loads((ROOT / "launch/results/fused_layers.json").read_text())["figures"]
     both = {(row["layer"], row["form"]): row["both"] for row in rows}
     conv, norm = (both[layer, "fla"] / both[layer, "lasp"] for layer in ("conv", "norm by head"))
-    assert f"{conv:.1f} and {norm:.1f} times as fast" in " ".join(README.split())
+    assert f"{conv:.1f} and {norm:.1f} times as fast" in text
     seconds = json.loads((ROOT / "launch/results/cold_start.json").read_text())["figures"]["seconds"].values()
-    assert f"takes {min(seconds):.0f} to {max(seconds):.0f} s" in " ".join(README.split())
+    assert f"takes {min(seconds):.0f} to {max(seconds):.0f} s" in text
 
 
 def test_links_lead_somewhere() -> None:
