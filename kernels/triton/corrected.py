@@ -16,7 +16,8 @@ from lasp.kernels.triton.launch import Kernel, Launch, ready
 from lasp.kernels.triton.recurrences import attend, cumulate_launch, gate_gradient_launch
 from lasp.kernels.triton.tiling import Tiles, delta_tiles, gated_tiles, processors, segment_size, tiles
 
-_NONE, _BY_TOKEN, _BY_KEY = head_decay.NONE.value, head_decay.BY_TOKEN.value, delta.BY_KEY.value
+#: What the decay is of: there is none, heads, or key dimensions.
+_NONE, _BY_TOKEN, BY_KEY = head_decay.NONE.value, head_decay.BY_TOKEN.value, delta.BY_KEY.value
 
 #: A system is solved token by token within blocks of so many, and by products beyond.
 SOLVED = 8
@@ -25,6 +26,40 @@ invert = Kernel(delta.invert)
 correct = Kernel(delta.correct)
 correct_back = Kernel(delta.correct_back)
 key_gradient = Kernel(delta.key_gradient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved(Tokens):
+    """Tokens as the kernels take them, the systems of whose chunks are solved. Another tensor stands for what there is not.
+
+    Attributes:
+        kind: of the decay.
+        beta: as the kernels take it.
+        g: the log-decay, likewise, and G its running sums.
+        W: the solutions.
+        starts: the keys; decayed from their chunk's start where the decay is by key.
+        ends: the keys decayed to their chunk's end, likewise.
+        M: the pairs of keys, likewise.
+        reaches: of the chunks (`lasp.kernels.triton.key_delta`), likewise.
+        asked: what `TritonDelta.asked` gives, where it is known already.
+    """
+
+    kind: int
+    beta: Tensor
+    g: Tensor
+    G: Tensor
+    W: Tensor
+    starts: Tensor
+    ends: Tensor
+    M: Tensor
+    reaches: Tensor
+    asked: tuple[Tensor, Tensor] | None = None
+
+
+def solved(tokens: Tokens) -> Solved:
+    """Tokens that `TritonDelta.prepare` made."""
+    assert isinstance(tokens, Solved), "the delta rule's kernels take prepared tokens"
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +99,9 @@ class TritonDelta(Recurrence):
             cumulate_launch(B, T, H, len(segments), segments.size, tile.C)(g, G, bounds)
         W = torch.empty(B, T, H, tile.C, dtype=k.dtype, device=k.device)
         _invert(B, T, H, K, len(segments), segments.size, tile, k.dtype, kind)(k, beta, g, G, W, bounds)
-        return Tokens(k, v, (g, beta, G, W) if decay else (beta, W))
+        return Solved(
+            k, v, tokens.gates, kind=kind, beta=beta, g=g, G=G, W=W, starts=k, ends=k, M=W, reaches=beta
+        )  # fmt: skip
 
     def asked(self, q: Tensor, tokens: Tokens, segments: Segments) -> tuple[Tensor, Tensor]:
         """Queries as the walks take them, and what they make of the chunk's keys, where the walks do not make it."""
@@ -112,24 +149,24 @@ class TritonDelta(Recurrence):
         given, q, do, k, v = q.dtype, as_computed(q), as_computed(do), tokens.k, tokens.v
         B, T, H, K = k.shape
         V, n, bounds = v.shape[-1], len(segments), segments.bounds(k.device)
-        kind, g, beta, G, _ = _decay(tokens)
+        x = solved(tokens)
         u = kept[0]
         dv, dbeta = value_gradient((q, k), tokens, do, exit_gradient, kept, segments, scale, gated)
-        decayed = gated and kind == _BY_TOKEN
+        decayed = gated and x.kind == _BY_TOKEN
         dk, with_k = self._as_query(dv, u, k, tokens, entry, segments, -1.0, gated, True)
         k_dk = S_dS = entry
         if decayed:
             k_dk = torch.empty(delta_tiles(V, K, k.dtype).blocks, B, H, T, dtype=torch.float32, device=k.device)
             S_dS = torch.empty(*k_dk.shape[:3], n, dtype=torch.float32, device=k.device)
-        launch = _key_gradient(B, T, H, K, V, n, k.dtype, kind, decayed, scale)
-        launch(q, k, u, do, dv, dk, g, G, exit_gradient, entry, k_dk, S_dS, bounds)
+        launch = _key_gradient(B, T, H, K, V, n, k.dtype, x.kind, decayed, scale)
+        launch(q, k, u, do, dv, dk, x.g, x.G, exit_gradient, entry, k_dk, S_dS, bounds)
         gates: tuple[Tensor, ...] = ()
         if gated:
-            gates = (dbeta.to(beta.dtype),)
+            gates = (dbeta.to(x.beta.dtype),)
         if decayed:
-            dg = torch.empty_like(g)
+            dg = torch.empty_like(x.g)
             sums = (kept[2].add_(with_k[0]).sum(0), k_dk.sum(0), S_dS.sum(0))
-            gate_gradient_launch(B, T, H, n, 1, kind)(dg, *sums, bounds)
+            gate_gradient_launch(B, T, H, n, 1, x.kind)(dg, *sums, bounds)
             gates = (dg, *gates)
         return Tokens(dk.to(given), dv.to(given), gates)
 
@@ -139,13 +176,13 @@ class TritonDelta(Recurrence):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """The gradient of x as a query whose output has the gradient do, and what its decay's gradient needs of it."""
         B, T, H, K = x.shape
-        kind, g, _, G, _ = _decay(tokens)
-        gated = gated and kind == _BY_TOKEN
+        of = solved(tokens)
+        gated = gated and of.kind == _BY_TOKEN
         tile = _attend_tiles(u.shape[-1], K, x.dtype, gated)
         dx = torch.empty_like(x)
         kept = (torch.empty(tile.blocks, B, H, T, dtype=torch.float32, device=x.device),) if gated else ()
-        launch = _attend(B, T, H, u.shape[-1], K, len(segments), x.dtype, kind, strict, gated, scale)
-        launch(do, u, tokens.k, dx, g, G, entry, x, *(kept or (entry,)), segments.bounds(x.device))
+        launch = _attend(B, T, H, u.shape[-1], K, len(segments), x.dtype, of.kind, strict, gated, scale)
+        launch(do, u, of.k, dx, of.g, of.G, entry, x, *(kept or (entry,)), segments.bounds(x.device))
         return dx, kept
 
 
@@ -175,13 +212,12 @@ def _walk(
     role: str, asked: tuple[Tensor, Tensor], tokens: Tokens, S: Tensor, A: Tensor, out: tuple[Tensor, ...],
     segments: Segments, scale: float,
 ) -> None:  # fmt: skip
-    k, v = tokens.k, tokens.v
-    B, T, H, K = k.shape
-    way = _Way.of(tokens, segments)
-    launch = _correct(B, T, H, K, v.shape[-1], len(segments), k.dtype, way.kind, role, len(out) > 1, scale)
+    x, bounds = solved(tokens), segments.bounds(tokens.k.device)
+    B, T, H, K = x.k.shape
+    launch = _correct(B, T, H, K, x.v.shape[-1], len(segments), x.k.dtype, x.kind, role, len(out) > 1, scale)
     q, P = asked
     written = (*out, S, S)[:2]
-    launch(q, way.k, v, way.W, way.g, way.G, S, A, *written, way.ends, P, way.M, way.bounds)
+    launch(q, x.starts, x.v, x.W, x.g, x.G, S, A, *written, x.ends, P, x.M, bounds)
 
 
 def _walk_back(
@@ -189,45 +225,12 @@ def _walk_back(
     segments: Segments, scale: float,
 ) -> None:  # fmt: skip
     """`out`: dv, and where the gates' gradients are wanted what values lack, and dbeta."""
-    B, T, H, K = tokens.k.shape
-    way = _Way.of(tokens, segments)
-    launch = _correct_back(B, T, H, K, do.shape[-1], len(segments), do.dtype, way.kind, role, len(out) > 1, scale)
+    x, bounds = solved(tokens), segments.bounds(tokens.k.device)
+    B, T, H, K = x.k.shape
+    launch = _correct_back(B, T, H, K, do.shape[-1], len(segments), do.dtype, x.kind, role, len(out) > 1, scale)
     q, P = asked
     dv, lacks, dbeta = (*out, *(do, do, dS)[len(out) :])
-    launch(q, way.k, do, way.W, way.g, way.G, dS, A, lacks, dv, dbeta, way.ends, P, way.M, way.bounds)
-
-
-@dataclass(frozen=True)
-class _Way:
-    """What the walks ask of prepared tokens, with something in the place of what there is not.
-
-    Attributes:
-        kind: of the decay.
-        k: the keys; decayed from their chunk's start where the decay is by key.
-        ends: the keys decayed to their chunk's end, likewise.
-        W: the solutions of the chunks' systems.
-        M: the pairs of keys, likewise.
-        g: the log-decay, and G its running sums.
-        bounds: of the segments.
-    """
-
-    kind: int
-    k: Tensor
-    ends: Tensor
-    W: Tensor
-    M: Tensor
-    g: Tensor
-    G: Tensor
-    bounds: Tensor
-
-    @classmethod
-    def of(cls, tokens: Tokens, segments: Segments) -> _Way:
-        k, bounds = tokens.k, segments.bounds(tokens.k.device)
-        if len(tokens.gates) >= 8:
-            g, _, G, starts, ends, W, M, *_ = tokens.gates
-            return cls(_BY_KEY, starts, ends, W, M, g, G, bounds)
-        kind, g, _, G, W = _decay(tokens)
-        return cls(kind, k, k, W, W, g, G, bounds)
+    launch(q, x.starts, do, x.W, x.g, x.G, dS, A, lacks, dv, dbeta, x.ends, P, x.M, bounds)
 
 
 def inner(dtype: torch.dtype) -> torch.dtype:
@@ -238,15 +241,6 @@ def inner(dtype: torch.dtype) -> torch.dtype:
 def as_computed(x: Tensor) -> Tensor:
     """x in the dtype that it is computed in, as kernels take it."""
     return ready(x.to(inner(x.dtype)))
-
-
-def _decay(tokens: Tokens) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
-    """Of prepared tokens: the kind of decay, g, beta, G and W; k stands for what there is not."""
-    if len(tokens.gates) == 2:
-        beta, W = tokens.gates
-        return _NONE, tokens.k, beta, tokens.k, W
-    g, beta, G, W = tokens.gates
-    return _BY_TOKEN, g, beta, G, W
 
 
 def _unwritten(tokens: Tokens, segments: Segments) -> Summary:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,7 +12,17 @@ from torch import Tensor
 from lasp.kernels.recurrence import Tokens
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import key_delta
-from lasp.kernels.triton.corrected import SOLVED, TritonDelta, as_computed, corrections, precision, value_gradient
+from lasp.kernels.triton.corrected import (
+    BY_KEY,
+    SOLVED,
+    Solved,
+    TritonDelta,
+    as_computed,
+    corrections,
+    precision,
+    solved,
+    value_gradient,
+)
 from lasp.kernels.triton.launch import Kernel, Launch, ready
 from lasp.kernels.triton.tiling import delta_tiles, padded
 
@@ -44,7 +54,7 @@ class TritonKeyDelta(TritonDelta):
     Precision and arguments: as of `TritonDelta`.
     """
 
-    def prepare(self, tokens: Tokens, segments: Segments) -> Tokens:
+    def prepare(self, tokens: Tokens, segments: Segments) -> Solved:
         k, v = as_computed(tokens.k), as_computed(tokens.v)
         g, beta = (ready(gate) for gate in tokens.gates)
         bounds, sizes = segments.bounds(k.device), _Sizes.of(Tokens(k, v), segments)
@@ -54,18 +64,21 @@ class TritonKeyDelta(TritonDelta):
         reaches = torch.empty(k.shape[:3], dtype=torch.int32, device=k.device)
         _cumulate(sizes)(g, G, reaches, bounds)
         _scale_keys(sizes)(k, beta, G, reaches, starts, ends, W, M, bounds)
-        return Tokens(k, v, (g, beta, G, starts, ends, W, M, reaches))
+        return Solved(
+            k, v, tokens.gates, kind=BY_KEY, beta=beta, g=g, G=G, W=W, starts=starts, ends=ends, M=M, reaches=reaches
+        )  # fmt: skip
 
-    def prepare_backward(self, q: Tensor, tokens: Tokens, segments: Segments) -> Tokens:
-        tokens = self.prepare(tokens, segments)
-        return Tokens(tokens.k, tokens.v, (*tokens.gates, *self.asked(q, tokens, segments)))
+    def prepare_backward(self, q: Tensor, tokens: Tokens, segments: Segments) -> Solved:
+        prepared = self.prepare(tokens, segments)
+        return replace(prepared, asked=self.asked(q, prepared, segments))
 
     def asked(self, q: Tensor, tokens: Tokens, segments: Segments) -> tuple[Tensor, Tensor]:
-        q, (_, _, G, _, _, W, _, reaches, *known) = as_computed(q), tokens.gates
-        if known:
-            return known[0], known[1]
-        starts, P = torch.empty_like(q), torch.empty_like(W)
-        _scale_queries(_Sizes.of(tokens, segments))(q, tokens.k, G, reaches, starts, P, segments.bounds(q.device))
+        q, x = as_computed(q), solved(tokens)
+        if x.asked is not None:
+            return x.asked
+        starts, P = torch.empty_like(q), torch.empty_like(x.W)
+        launch = _scale_queries(_Sizes.of(tokens, segments))
+        launch(q, x.k, x.G, x.reaches, starts, P, segments.bounds(q.device))
         return starts, P
 
     def query_gradient(
@@ -89,7 +102,7 @@ class TritonKeyDelta(TritonDelta):
         gated: bool,
         kept: tuple[Tensor, ...],
     ) -> Tokens:
-        given, k, (g, beta, G, _, _, _, _, reaches, *_) = q.dtype, tokens.k, tokens.gates
+        given, k, x = q.dtype, tokens.k, solved(tokens)
         B, _, H, K = k.shape
         bounds, sizes = segments.bounds(k.device), _Sizes.of(tokens, segments)
         asked, q, do = self.asked(q, tokens, segments), as_computed(q), as_computed(do)
@@ -98,14 +111,14 @@ class TritonKeyDelta(TritonDelta):
         as_query = _as_query(k, dv, u, tokens, entry, segments, -1.0, change)
         read = torch.empty_like(as_query)
         S_dS = torch.empty(B, len(segments), H, K, dtype=torch.float32, device=k.device)
-        _read_gradients(sizes, scale)(u, do, dv, q, k, read, G, exit_gradient, entry, S_dS, bounds)
+        _read_gradients(sizes, scale)(u, do, dv, q, k, read, x.G, exit_gradient, entry, S_dS, bounds)
         dk = torch.empty_like(k)
-        _key_gradient(sizes, scale)(q, k, u, do, dv, G, reaches, as_query, read, dk, change, bounds)
+        _key_gradient(sizes, scale)(q, k, u, do, dv, x.G, x.reaches, as_query, read, dk, change, bounds)
         gates: tuple[Tensor, ...] = ()
         if gated:
-            dg = torch.empty_like(g)
+            dg = torch.empty_like(x.g)
             _gate_gradient(sizes)(change, S_dS, dg, bounds)
-            gates = (dg, dbeta.to(beta.dtype))
+            gates = (dg, dbeta.to(x.beta.dtype))
         return Tokens(dk.to(given), dv.to(given), gates)
 
 
@@ -114,13 +127,13 @@ def _as_query(
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient of x as a query whose output has the gradient a; in float32, and of x the keys, where there is no `out`."""
-    _, _, G, _, _, _, _, reaches, *_ = tokens.gates
+    of = solved(tokens)
     bounds, sizes = segments.bounds(x.device), _Sizes.of(tokens, segments)
     read = torch.empty_like(x, dtype=torch.float32)
-    _reading(sizes)(a, u, tokens.k, read, G, entry, bounds)
+    _reading(sizes)(a, u, of.k, read, of.G, entry, bounds)
     dx = read if out is None else out
     _query_gradient(sizes, scale, out is None)(
-        x, tokens.k, u, a, G, reaches, read, dx, change, bounds
+        x, of.k, u, a, of.G, of.reaches, read, dx, change, bounds
     )  # fmt: skip
     return dx
 
