@@ -140,6 +140,18 @@ def test_equals_the_definition_on_every_rank(
             assert_close(given, wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("name", "documents"), [("zigzag", "one"), ("table", "packed")])
+@pytest.mark.parametrize("op", ["gla", *CORRECTED])
+def test_triton(groups: Groups, monkeypatch: pytest.MonkeyPatch, op: str, name: str, documents: str) -> None:
+    """Triton's kernels, in the interpreter, on every rank."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("lasp.kernels.triton.serves", lambda x: x.dtype != torch.float64)
+    sp = SequenceParallel(groups[4], LAYOUTS[name](TOKENS, 4, DOCUMENTS[documents]))
+    with poisoned_memory():
+        given, wanted = run(op, sp, documents, torch.float32, True, causal=True)
+    assert_close(given, wanted, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("documents", DOCUMENTS)
