@@ -3,6 +3,7 @@
 from lasp.kernels.chunked import ChunkedDecay
 from lasp.kernels.course import Ahead, Chain, Course
 from lasp.kernels.delta import ChunkedDelta
+from lasp.kernels.dispatch import Dispatch
 from lasp.kernels.forms import delta_rule, elementwise_decay
 from lasp.kernels.recurrence import Recurrence, Tokens
 from lasp.kernels.segments import Segments
@@ -14,6 +15,7 @@ __all__ = [
     "ChunkedDecay",
     "ChunkedDelta",
     "Course",
+    "Dispatch",
     "Recurrence",
     "Segments",
     "Summary",

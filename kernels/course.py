@@ -22,7 +22,7 @@ class Chain:
     """Maps that follow one another.
 
     Attributes:
-        members: which maps, the first to act first; at least one.
+        members: which maps, the first to act first.
         run: the run that they belong to.
         seed: the state that they start from, by its index: where a document starts (for gradients: ends) that is its own.
             None where it is the state that enters the run.
@@ -117,12 +117,18 @@ class Course:
         out = maps.empty(self.runs)
         for run, chain in self._last.items():
             A, B = out.A[:, run], out.B[:, run]
-            first, *rest = chain.members
-            if chain.seed is None:
-                A.copy_(maps.A[:, first])
-            else:
+            state = None if chain.seed is None else _state(seeds, chain.seed, B)
+            if chain.seed is not None:
                 A.zero_()
-            _after(maps, first, None if chain.seed is None else _state(seeds, chain.seed, B), B)
+            elif chain.members:
+                A.copy_(maps.A[:, chain.members[0]])
+            else:
+                A.copy_(_nothing_done(A))
+            if not chain.members:
+                B.zero_() if state is None else B.copy_(state)
+                continue
+            first, *rest = chain.members
+            _after(maps, first, state, B)
             for member in rest:
                 if chain.seed is None:
                     step = maps.A[:, member]
@@ -212,6 +218,13 @@ def _after(maps: Summary, member: int, state: Tensor | None, out: Tensor | None)
         after = (A.double() @ state.double() + B).to(B.dtype) if A.is_cuda else A @ state + B
         return after if out is None else out.copy_(after)
     return torch.addcmul(B, A[(...,) + (None,) * (state.dim() - A.dim())], state, out=out)
+
+
+def _nothing_done(A: Tensor) -> Tensor:
+    """The transition of no token, like A: ``[B, H]``, ``[B, H, K]`` or ``[B, H, K, K]``."""
+    if A.dim() < 4:
+        return torch.ones_like(A)
+    return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
 
 
 def _then(A: Tensor, step: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lasp.kernels import Recurrence, Tokens
 from lasp.parallel.heads import all_heads, check_heads, own_heads, to_heads, to_tokens
 from lasp.parallel.linear import start_linear
 from lasp.parallel.quadratic import quadratic_linear
+from lasp.parallel.routed import Routed
 from lasp.parallel.sequence_parallel import SequenceParallel
 from lasp.parallel.unmasked import unmasked_linear
 
@@ -23,7 +24,12 @@ class PendingLayer(Protocol):
 
 
 def start_layer(
-    recurrence: Recurrence | str, tokens: Tokens, initial_state: Tensor | None, sp: SequenceParallel, causal: bool
+    recurrence: Recurrence | str,
+    tokens: Tokens,
+    initial_state: Tensor | None,
+    sp: SequenceParallel,
+    causal: bool,
+    routed: Routed | None = None,
 ) -> PendingLayer:
     """Start what needs no queries, the way that `sp` says.
 
@@ -33,7 +39,10 @@ def start_layer(
         initial_state: ``[B, N, H, K, V]``, the state before each document, the same on every rank; zero when None.
         sp: the ranks and the layout.
         causal: whether a token reads the state up to itself, or that after its document's last token.
+        routed: how the tokens are routed to memories, if they are.
     """
+    if routed is not None:
+        return start_linear(recurrence, tokens, initial_state, sp, routed)
     if sp.linear == "ulysses":
         return _ByHeads.start(recurrence, tokens, initial_state, sp, causal)
     if sp.linear == "ring":

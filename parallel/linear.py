@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lasp.kernels import Recurrence, Tokens
 from lasp.parallel import operators, passes
+from lasp.parallel.routed import Routed
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
@@ -24,11 +25,13 @@ class PendingLinear:
         tokens: the tokens as they were given.
         initial_state: the states before the documents.
         started: what is under way.
+        routed: how the tokens are routed, if they are.
     """
 
     tokens: Tokens
     initial_state: Tensor | None
     started: passes.Started
+    routed: Routed | None = None
 
     def finish(self, q: Tensor, scale: float, final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """Wait for the states and compute the output.
@@ -43,13 +46,17 @@ class PendingLinear:
         """
         tokens = self.tokens
         o, final = _Linear.apply(
-            self.started, scale, final_state, q, tokens.k, tokens.v, self.initial_state, *tokens.gates
+            self.started, self.routed, scale, final_state, q, tokens.k, tokens.v, self.initial_state, *tokens.gates
         )
         return o, final
 
 
 def start_linear(
-    recurrence: Recurrence | str, tokens: Tokens, initial_state: Tensor | None, sp: SequenceParallel
+    recurrence: Recurrence | str,
+    tokens: Tokens,
+    initial_state: Tensor | None,
+    sp: SequenceParallel,
+    routed: Routed | None = None,
 ) -> PendingLinear | operators.TracedLinear:
     """Summarise the local tokens and start the exchange. Needs no queries: project them while the states travel.
 
@@ -58,11 +65,17 @@ def start_linear(
         tokens: this rank's keys, values and gates.
         initial_state: ``[B, N, H, K, V]``, the state before each document, the same on every rank; zero when None.
         sp: the ranks and the layout.
+        routed: how the tokens are routed to memories, if they are; there are no states before and after then.
+
+    Raises:
+        NotImplementedError: for routed tokens under ``torch.compile``.
     """
     if isinstance(recurrence, str):
+        if routed is not None:
+            raise NotImplementedError("routed tokens are no part of a graph: compile what is around the layer")
         return operators.start_linear(recurrence, tokens, initial_state, sp)
     with torch.no_grad():
-        return PendingLinear(tokens, initial_state, passes.start(recurrence, tokens, initial_state, sp))
+        return PendingLinear(tokens, initial_state, passes.start(recurrence, tokens, initial_state, sp, routed), routed)
 
 
 class _Linear(torch.autograd.Function):
@@ -70,6 +83,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         started: passes.Started,
+        routed: Routed | None,
         scale: float,
         final_state: bool,
         q: Tensor,
@@ -80,6 +94,7 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         o, final, entering, run_entry = passes.forward(started, q, scale, final_state)
         ctx.recurrence, ctx.sp, ctx.scale, ctx.final_state = started.recurrence, started.sp, scale, final_state
+        ctx.routed = routed
         kept = passes.keeps_states(entering.nbytes, k, v)
         ctx.save_for_backward(q, k, v, initial_state, entering if kept else None, None if kept else run_entry, *gates)
         return o, final
@@ -98,10 +113,11 @@ class _Linear(torch.autograd.Function):
             do,
             dfinal if ctx.final_state else None,
             ctx.scale,
-            any(ctx.needs_input_grad[7:]),
+            any(ctx.needs_input_grad[8:]),
+            ctx.routed,
         )
         dgates = grads.gates or (None,) * len(gates)
-        return None, None, None, grads.q, grads.k, grads.v, grads.initial_state, *dgates
+        return None, None, None, None, grads.q, grads.k, grads.v, grads.initial_state, *dgates
 
 
 def sum_over_ranks(x: Tensor, sp: SequenceParallel) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lasp.kernels import Ahead, Course, Recurrence, Summary, Tokens
 from lasp.parallel.exchange import Route, Running
 from lasp.parallel.plan import Plan
+from lasp.parallel.routed import Routed, RoutedPlan
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
@@ -36,7 +37,7 @@ class Started:
 
     recurrence: Recurrence
     sp: SequenceParallel
-    plan: Plan
+    plan: Plan | RoutedPlan
     tokens: Tokens
     maps: Summary
     travelling: Travelling
@@ -47,6 +48,7 @@ class Travelling:
     """States between the segments of a rank, of which some are on their way from others.
 
     Attributes:
+        plan: how the rank's tokens are cut.
         course: how the segments' maps compose.
         maps: the maps.
         seeds: the states that chains start from.
@@ -54,6 +56,7 @@ class Travelling:
         runs: what enters the runs, under way; None likewise.
     """
 
+    plan: Plan | RoutedPlan
     course: Course
     maps: Summary
     seeds: Tensor | None
@@ -62,19 +65,25 @@ class Travelling:
 
     @classmethod
     def sent(
-        cls, sp: SequenceParallel, course: Course, maps: Summary, seeds: Tensor | None, route: Route
+        cls,
+        sp: SequenceParallel,
+        plan: Plan | RoutedPlan,
+        course: Course,
+        maps: Summary,
+        seeds: Tensor | None,
+        route: Route,
     ) -> Travelling:
         """Send what this rank's runs do to the state, where there are any that could feel it."""
         if len(route.order) <= 1:
-            return cls(course, maps, seeds)
+            return cls(plan, course, maps, seeds)
         ahead = course.ahead(maps, seeds)
-        return cls(course, maps, seeds, ahead, sp.exchange.start(ahead.leaving, route))
+        return cls(plan, course, maps, seeds, ahead, sp.exchange.start(plan.sent(ahead.leaving), route))
 
     def arrive(self) -> tuple[Tensor, Tensor | None]:
         """The states that enter the segments ``[B, n, H, K, V]``, and those that enter the runs, None where nothing can."""
         if self.ahead is None or self.runs is None:
             return self.course.states(self.maps, self.seeds, None), None
-        entering = self.runs.wait()
+        entering = self.plan.received(self.runs.wait())
         return self.ahead.states(entering), entering
 
 
@@ -89,12 +98,18 @@ class Gradients:
     initial_state: Tensor | None
 
 
-def start(recurrence: Recurrence, tokens: Tokens, initial_state: Tensor | None, sp: SequenceParallel) -> Started:
-    """Summarise the local tokens and start the exchange."""
-    plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
+def start(
+    recurrence: Recurrence,
+    tokens: Tokens,
+    initial_state: Tensor | None,
+    sp: SequenceParallel,
+    routed: Routed | None = None,
+) -> Started:
+    """Summarise the local tokens, which may be routed, and start the exchange."""
+    plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size) if routed is None else routed.plan(recurrence)
     prepared = recurrence.prepare(tokens, plan.segments)
     maps = recurrence.summary(prepared, plan.segments)
-    states = Travelling.sent(sp, plan.forward, maps, initial_state, Route.forward(sp.layout, sp.rank))
+    states = Travelling.sent(sp, plan, plan.forward, maps, initial_state, Route.forward(sp.layout, sp.rank))
     return Started(recurrence, sp, plan, prepared, maps, states)
 
 
@@ -120,6 +135,7 @@ def forward(
     o = recurrence.output(q, tokens, entering, plan.segments, scale)
     if not final_state:
         return o, None, entering, run_entry
+    assert isinstance(plan, Plan), "memories have no final states"
     at = plan.tables(q.device)
     leaving = started.maps.select(at.closing).apply(entering.index_select(1, at.closing))
     # A document's final state is known where the document ends; elsewhere it is zero.
@@ -140,6 +156,7 @@ def backward(
     dfinal: Tensor | None,
     scale: float,
     gated: bool,
+    routed: Routed | None = None,
 ) -> Gradients:
     """The gradients of everything that went in.
 
@@ -155,15 +172,16 @@ def backward(
         dfinal: this rank's share of the gradient of the final states, where they were asked for.
         scale: the factor of the queries.
         gated: whether the gates' gradients are wanted.
+        routed: how the tokens are routed, if they are.
     """
-    plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size)
-    segments, at, given = plan.segments, plan.tables(q.device), tokens.gates
+    plan = Plan.of(sp.layout, sp.rank, recurrence.segment_size) if routed is None else routed.plan(recurrence)
+    segments, given = plan.segments, tokens.gates
     tokens = recurrence.prepare_backward(q, tokens, segments)
 
     # A final state's gradient is where the gradients of its document's states start from.
     dfinal = None if dfinal is None else total(dfinal, sp)
     maps = recurrence.adjoint_summary(q, tokens, do, segments, scale)
-    states = Travelling.sent(sp, plan.backward, maps, dfinal, Route.backward(sp.layout, sp.rank))
+    states = Travelling.sent(sp, plan, plan.backward, maps, dfinal, Route.backward(sp.layout, sp.rank))
 
     if entering is None:
         entering = plan.forward.states(recurrence.summary(tokens, segments), initial_state, run_entry)
@@ -172,6 +190,8 @@ def backward(
     leaving, _ = states.arrive()
     dinitial = None
     if initial_state is not None:
+        assert isinstance(plan, Plan), "memories have no initial states"
+        at = plan.tables(q.device)
         opening = maps.select(at.opening).apply(leaving.index_select(1, at.opening))
         dinitial = torch.zeros_like(initial_state)
         dinitial.index_copy_(1, at.opened, opening.to(initial_state.dtype))

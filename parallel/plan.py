@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lasp.kernels import Chain, Course, Segments
+from lasp.kernels import Chain, Course, Segments, Summary
 from lasp.parallel.layout import Piece, SequenceLayout
 
 
@@ -82,6 +82,14 @@ class Plan:
             ("plan", rank, segment_size),
             lambda: cls(layout.pieces(rank), len(layout.runs_of(rank)), segment_size),
         )
+
+    def sent(self, leaving: Summary) -> Summary:
+        """What the runs' maps travel as."""
+        return leaving
+
+    def received(self, states: Tensor) -> Tensor:
+        """What the states are that came back."""
+        return states
 
     def tables(self, device: torch.device) -> Tables:
         """The indices on `device`, copied there once."""

@@ -70,18 +70,19 @@ def leave_runs(
     A += batch * Ab + head * Ah + row
     B += batch * Bb + head * KV + cell
     begin, end = tl.load(first + chain), tl.load(first + chain + 1)
-    # A map is read while the one before it is composed.
-    member = tl.load(order + begin)
-    next_a = tl.load(A + member * An, mask=inside, other=0.0)
-    next_s = tl.load(B + member * Bn, mask=inside, other=0.0)
-    member = tl.load(order + tl.minimum(begin + 1, end - 1))
-    for position in range(begin, end):
-        step, add = next_a, next_s
+    if begin < end:
+        # A map is read while the one before it is composed.
+        member = tl.load(order + begin)
         next_a = tl.load(A + member * An, mask=inside, other=0.0)
         next_s = tl.load(B + member * Bn, mask=inside, other=0.0)
-        member = tl.load(order + tl.minimum(position + 2, end - 1))
-        s = s * step + add
-        a *= step
+        member = tl.load(order + tl.minimum(begin + 1, end - 1))
+        for position in range(begin, end):
+            step, add = next_a, next_s
+            next_a = tl.load(A + member * An, mask=inside, other=0.0)
+            next_s = tl.load(B + member * Bn, mask=inside, other=0.0)
+            member = tl.load(order + tl.minimum(position + 2, end - 1))
+            s = s * step + add
+            a *= step
     tl.store(A_out + batch * Wb + run * Wn + head * Wh + row, a, mask=inside)
     tl.store(B_out + batch * Xb + run * Xn + head * KV + cell, s, mask=inside)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.compiler import assume_constant_result
 
 from lasp.parallel import SequenceLayout, SequenceParallel
+from lasp.parallel.routed import Routed
 
 CuSeqlens = Sequence[int] | Tensor | None
 
@@ -122,6 +123,23 @@ def check_tokens(op: str, tokens: int, sp: SequenceParallel) -> None:
         raise ValueError(
             f"{op}: rank {sp.rank} was given {tokens} tokens, its layout of {sp.layout.total_tokens} tokens gives it "
             f"{sp.local_tokens}; shard the inputs with layout.shard"
+        )
+
+
+def check_routed(op: str, routed: Routed, batch: int, tokens: int, initial_state: Tensor | None, causal: bool) -> None:
+    """Raise unless a tensor holds the tokens that were routed, and nothing is asked that memories do not give."""
+    if (batch, tokens) != (1, routed.tokens):
+        raise ValueError(
+            f"{op}: routed tokens are one row of {routed.tokens}, as routed.dispatch.send gives them, given {batch} of {tokens}"
+        )
+    if initial_state is not None or not causal:
+        raise ValueError(
+            f"{op}: routed tokens start from empty memories and see what is before them: no initial_state, causal"
+        )
+    if routed.sp.linear != "states":
+        raise ValueError(
+            f"{op}: memories are states that travel, and with the method {routed.sp.method} none do: choose the method lasp2, "
+            "lasp1 or zeco"
         )
 
 

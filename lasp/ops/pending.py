@@ -13,6 +13,7 @@ from lasp.ops.inputs import (
     agree,
     check_axes,
     check_log_decay,
+    check_routed,
     check_tokens,
     describe,
     needs_gradient,
@@ -22,6 +23,7 @@ from lasp.ops.norm import l2_norm
 from lasp.parallel import SequenceParallel
 from lasp.parallel.layer import PendingLayer, check_layer, start_layer
 from lasp.parallel.operators import recurrence_of
+from lasp.parallel.routed import Routed
 
 
 @dataclass
@@ -93,6 +95,7 @@ def start(
     cu_seqlens: CuSeqlens = None,
     sp: SequenceParallel | None = None,
     causal: bool = True,
+    routed: Routed | None = None,
     op: str = "linear_attn",
 ) -> Pending:
     """Summarise the keys and values and send the states on their way, before there are any queries.
@@ -109,16 +112,18 @@ def start(
         cu_seqlens: see `lasp.ops.linear`.
         sp: see `lasp.ops.linear`.
         causal: see `lasp.ops.linear`.
+        routed: how the tokens were routed to memories, which are heads of their own; k, v and gates are then those of
+            ``routed.dispatch.send``'s tokens, in one row: ``[1, N, H, ...]``.
         op: the name that errors begin with.
     """
-    seq = sequence_of(k, cu_seqlens, sp)
+    seq = sequence_of(k, cu_seqlens, sp) if routed is None else routed.sp
     gradient = needs_gradient(k, v, g, beta, initial_state)
 
     def statement() -> str:
         return (
             f"{op}({describe(k=k, v=v, beta=beta, initial_state=initial_state)}, "
             f"g={'None' if g is None else f'{g.dim()} axes'}, use_qk_l2norm_in_kernel={use_qk_l2norm_in_kernel}, "
-            f"causal={causal}, gradient={gradient})"
+            f"causal={causal}, routed={None if routed is None else routed.memories}, gradient={gradient})"
         )
 
     def check() -> None:
@@ -141,16 +146,19 @@ def start(
         check_axes(op, initial_state, "initial_state", "N H K V", **sizes)
         if k.dtype != v.dtype or not k.dtype.is_floating_point:
             raise ValueError(f"{op}: k and v must have one floating-point dtype, given {_kind(k)} and {_kind(v)}")
-        if batch != 1 and seq.num_documents > 1:
+        if routed is not None:
+            check_routed(op, routed, batch, tokens, initial_state, causal)
+        elif batch != 1 and seq.num_documents > 1:
             raise ValueError(f"{op}: packed documents come in one row: expected batch size 1, given {batch}")
-        check_tokens(op, tokens, seq)
+        else:
+            check_tokens(op, tokens, seq)
         check_layer(op, seq, v.shape[2], g, initial_state is not None, causal, beta is not None)
         if g is not None:
             check_log_decay(op, g)
 
     # Looking at a decay's values holds a device up: only on the CPU is every call looked at.
     call = None
-    if g is None or g.device.type != "cpu":
+    if routed is None and (g is None or g.device.type != "cpu"):
         shapes = tuple(None if x is None else (x.shape, x.dtype) for x in (k, v, g, beta, initial_state))
         call = (op, shapes, use_qk_l2norm_in_kernel, causal, gradient)
     agree(seq, statement, check, call)
@@ -165,7 +173,7 @@ def start(
         k, v = F.pad(k, (0, pad[0])), F.pad(v, (0, pad[1]))
         gates = tuple(F.pad(gate, (0, pad[0])) if gate.dim() == 4 else gate for gate in gates)
         states = None if states is None else F.pad(states, (0, pad[1], 0, pad[0]))
-    layer = start_layer(recurrence, Tokens(k, v, gates), states, seq, causal)
+    layer = start_layer(recurrence, Tokens(k, v, gates), states, seq, causal, routed)
     return Pending(op, like, seq, layer, widths, pad[0], groups, use_qk_l2norm_in_kernel)
 
 

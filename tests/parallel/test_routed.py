@@ -1,0 +1,176 @@
+"""Routed tokens against memories kept one by one: outputs and every gradient, on every rank, for every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp import SequenceParallel
+from lasp.kernels import ChunkedDecay, ChunkedDelta
+from lasp.ops.pending import start
+from lasp.parallel.routed import Routed
+from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, poisoned_memory
+
+WORLDS = [1, 2, 4]
+Groups = dict[int, dist.ProcessGroup]
+H, K, V, CHOICES = 2, 4, 3, 2
+#: Which log-decay and whether there is a beta, by op.
+OPS = {
+    "linear_attn": (None, False),
+    "retention": ("H", False),
+    "simple_gla": ("T H", False),
+    "gla": ("T H K", False),
+    "delta_rule": (None, True),
+    "gated_delta_rule": ("T H", True),
+    "kda": ("T H K", True),
+}
+
+pytestmark = pytest.mark.mpi(min_size=4)
+
+
+def chosen(case: str, batch: int) -> tuple[Tensor, int]:
+    """The memories that tokens chose ``[B, T, k]``, and how many there are."""
+    if case == "one memory":
+        return torch.zeros(batch, TOKENS, 1, dtype=torch.long), 1
+    if case == "all to one":
+        return torch.full((batch, TOKENS, 1), 2), 4
+    scores = Inputs(5, torch.float64).uniform(batch, TOKENS, 4)
+    # One memory gets no token but the last but one.
+    scores[:, :, 1] = -1.0
+    scores[:, -2, 1] = 2.0
+    return scores.topk(CHOICES, dim=-1).indices, 4
+
+
+def inputs(op: str, batch: int, choices: int) -> dict[str, Tensor]:
+    """Of each token, and of each of its choices: keys, values, gates and weights differ from memory to memory."""
+    x = Inputs(len(op), torch.float64)
+    axes, corrected = OPS[op]
+    tensors = {
+        "q": x.normal(batch, TOKENS, H, K),
+        "k": F.normalize(x.normal(batch, TOKENS, choices, H, K), dim=-1),
+        "v": x.normal(batch, TOKENS, choices, H, V),
+        "weights": x.uniform(batch, TOKENS, choices),
+    }
+    if axes is not None:
+        sizes = {"T": (batch, TOKENS, choices), "H": (H,), "K": (K,)}
+        tensors["g"] = -0.3 * x.uniform(*(n for axis in axes.split() for n in sizes[axis]))
+        if axes != "H":
+            tensors["g"][:, ::5] = -20.0
+    if corrected:
+        tensors["beta"] = 2 * x.uniform(batch, TOKENS, choices, H)
+    return tensors
+
+
+def memories_one_by_one(tensors: dict[str, Tensor], memories: Tensor, count: int, bounds: tuple[int, ...]) -> Tensor:
+    """``o: [B, T, H, V]``, token by token, in as many states as there are memories."""
+    q, k, v, weights = (tensors[name] for name in ("q", "k", "v", "weights"))
+    rows = []
+    for b in range(q.shape[0]):
+        out = []
+        for t in range(TOKENS):
+            if t == 0 or t in bounds:
+                states = [q.new_zeros(H, K, V) for _ in range(count)]
+            o = q.new_zeros(H, V)
+            for j, m in enumerate(memories[b, t].tolist()):
+                S = states[m]
+                if "g" in tensors:
+                    g = tensors["g"]
+                    g = g if g.dim() == 1 else g[b, t, j]
+                    S = S * g.exp().reshape(H, -1, 1)
+                add = v[b, t, j]
+                if "beta" in tensors:
+                    add = tensors["beta"][b, t, j, :, None] * (add - torch.einsum("hkv,hk->hv", S, k[b, t, j]))
+                states[m] = S + k[b, t, j].unsqueeze(-1) * add.unsqueeze(-2)
+                o = o + weights[b, t, j] * torch.einsum("hkv,hk->hv", states[m], q[b, t]) * K**-0.5
+            out.append(o)
+        rows.append(torch.stack(out))
+    return torch.stack(rows)
+
+
+def routed_output(tensors: dict[str, Tensor], memories: Tensor, count: int, sp: SequenceParallel) -> Tensor:
+    """The same of a rank's tokens."""
+    routed = Routed.of(memories, count, sp)
+    send = routed.dispatch.send
+    sent = {name: send_choices(tensors[name], routed) for name in ("k", "v", "beta") if name in tensors}
+    g = tensors.get("g")
+    sent["g"] = g if g is None or g.dim() == 1 else send_choices(g, routed)  # type: ignore[assignment]
+    pending = start(**sent, sp=sp, routed=routed)
+    q = send(tensors["q"].flatten(0, 1)).unsqueeze(0)
+    o, _ = pending.finish(q.expand(1, *q.shape[1:]))
+    together = routed.dispatch.collect(o.squeeze(0), tensors["weights"].flatten(0, 1))
+    return together.view(*memories.shape[:2], H, V)
+
+
+def send_choices(x: Tensor, routed: Routed) -> Tensor:
+    """What differs from choice to choice ``[B, T, k, ...]``, in the order of the routed tokens ``[1, N, ...]``."""
+    place = routed.dispatch.place.flatten()
+    flat = x.flatten(0, 2)
+    order = torch.empty_like(place)
+    order[place] = torch.arange(place.numel())
+    return flat.index_select(0, order).unsqueeze(0)
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memories of several segments."""
+    monkeypatch.setattr("lasp.kernels.forms.ChunkedDecay", partial(ChunkedDecay, 4))
+    monkeypatch.setattr("lasp.kernels.forms.ChunkedDelta", partial(ChunkedDelta, 4))
+
+
+@contextmanager
+def all_gathers(calls: int) -> Iterator[None]:
+    """So many, and no more."""
+    seen = 0
+    original = dist.all_gather_into_tensor
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal seen
+        seen += 1
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    dist.all_gather_into_tensor = counted
+    try:
+        yield
+    finally:
+        dist.all_gather_into_tensor = original
+    assert seen == calls, f"{seen} collectives"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("case", ["two of four", "all to one", "one memory"])
+def test_equals_memories_kept_one_by_one(groups: Groups, op: str, name: str, documents: str, case: str) -> None:
+    cu_seqlens = DOCUMENTS[documents]
+    batch = 1 if cu_seqlens else 2
+    memories, count = chosen(case, batch)
+    whole = inputs(op, batch, memories.shape[-1])
+    leaves = {key: x.clone().requires_grad_() for key, x in whole.items()}
+    want = memories_one_by_one(leaves, memories, count, cu_seqlens or ())
+    do = Inputs(9, torch.float64).normal(*want.shape)
+    gradients = dict(zip(leaves, torch.autograd.grad(want, list(leaves.values()), do), strict=True))
+    for world in WORLDS:
+        sp = SequenceParallel(groups[world], LAYOUTS[name](TOKENS, world, cu_seqlens), exchange="all-gather")
+        local = {
+            key: (x.clone() if x.dim() == 1 else sp.layout.shard(x, sp.rank)).requires_grad_()
+            for key, x in whole.items()
+        }
+        with poisoned_memory(), all_gathers(0 if world == 1 else 2):
+            o = routed_output(local, sp.layout.shard(memories, sp.rank), count, sp)
+            o.backward(sp.layout.shard(do, sp.rank))
+        given, wanted = {"o": o}, {"o": sp.layout.shard(want, sp.rank)}
+        for key, x in local.items():
+            assert x.grad is not None
+            if x.dim() == 1:
+                dist.all_reduce(x.grad, group=groups[world])
+                given[key], wanted[key] = x.grad, gradients[key]
+            else:
+                given[key], wanted[key] = x.grad, sp.layout.shard(gradients[key], sp.rank)
+        assert_close(given, wanted, 1e-10)
