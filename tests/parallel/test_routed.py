@@ -16,6 +16,7 @@ from lasp import SequenceParallel
 from lasp.kernels import ChunkedDecay, ChunkedDelta
 from lasp.ops.pending import start
 from lasp.parallel.routed import Routed
+from lasp.parallel.routed_convolution import routed_convolution
 from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, poisoned_memory
 
 WORLDS = [1, 2, 4]
@@ -174,3 +175,58 @@ def test_equals_memories_kept_one_by_one(groups: Groups, op: str, name: str, doc
             else:
                 given[key], wanted[key] = x.grad, sp.layout.shard(gradients[key], sp.rank)
         assert_close(given, wanted, 1e-10)
+
+
+def convolved_one_by_one(
+    x: Tensor, weight: Tensor, bias: Tensor, memories: Tensor, bounds: tuple[int, ...]
+) -> dict[tuple[int, int, int], Tensor]:
+    """The convolution at each row, token and choice, over what was sent to the same memory of the document."""
+    out = {}
+    for b in range(x.shape[0]):
+        seen: dict[int, list[Tensor]] = {}
+        for t in range(TOKENS):
+            if t in bounds:
+                seen = {}
+            for j, m in enumerate(memories[b, t].tolist()):
+                before = seen.setdefault(m, [])
+                before.append(x[b, t, j])
+                taps = before[-weight.shape[1] :][::-1]
+                out[b, t, j] = F.silu(bias + sum(weight[:, -1 - i] * tap for i, tap in enumerate(taps)))
+    return out
+
+
+@pytest.mark.parametrize("taps", [1, 4, 19])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("case", ["two of four", "all to one"])
+def test_convolution_follows_a_memory(groups: Groups, name: str, documents: str, case: str, taps: int) -> None:
+    cu_seqlens = DOCUMENTS[documents]
+    batch = 1 if cu_seqlens else 2
+    memories, count = chosen(case, batch)
+    random, D = Inputs(3, torch.float64), 5
+    whole = {
+        "x": random.normal(batch, TOKENS, memories.shape[-1], D),
+        "weight": random.normal(D, taps),
+        "bias": random.normal(D),
+    }
+    leaves = {key: x.clone().requires_grad_() for key, x in whole.items()}
+    parts = convolved_one_by_one(**leaves, memories=memories, bounds=cu_seqlens or ())
+    want = torch.stack([parts[key] for key in sorted(parts)]).view(whole["x"].shape)
+    dy = random.normal(*want.shape)
+    gradients = dict(zip(leaves, torch.autograd.grad(want, list(leaves.values()), dy), strict=True))
+    for world in WORLDS:
+        sp = SequenceParallel(groups[world], LAYOUTS[name](TOKENS, world, cu_seqlens))
+        routed = Routed.of(sp.layout.shard(memories, sp.rank), count, sp)
+        local = {
+            key: (sp.layout.shard(x, sp.rank) if key == "x" else x.clone()).requires_grad_() for key, x in whole.items()
+        }
+        with poisoned_memory():
+            y = routed_convolution(send_choices(local["x"], routed), local["weight"], local["bias"], "silu", routed)
+            y = y.squeeze(0).index_select(0, routed.dispatch.place.flatten()).view(local["x"].shape)
+            y.backward(sp.layout.shard(dy, sp.rank))
+        given = {"y": y, "x": local["x"].grad}
+        for key in ("weight", "bias"):
+            given[key] = local[key].grad
+            dist.all_reduce(given[key], group=groups[world])
+        wanted = {"y": sp.layout.shard(want, sp.rank), "x": sp.layout.shard(gradients["x"], sp.rank)}
+        assert_close(given, wanted | {key: gradients[key] for key in ("weight", "bias")}, 1e-10)  # type: ignore[arg-type]
