@@ -28,6 +28,7 @@ class DeltaNet(LinearMixer):
     """
 
     op = "delta_rule"
+    writers = (*LinearMixer.writers, "beta_proj")
     default_conv_size = 4
     gated = False
     of_length_one = True
@@ -39,7 +40,7 @@ class DeltaNet(LinearMixer):
 
     def writes(self, x: Tensor, passage: Passage) -> Writes:
         k, v, g, *_ = super().writes(x, passage)
-        return Writes(k, v, g, self.largest_beta * at_least_float32(self.beta_proj(x)).sigmoid())
+        return Writes(k, v, g, self.largest_beta * at_least_float32(passage.projected(x, self.beta_proj)).sigmoid())
 
 
 class GatedDeltaNet(DeltaNet):
@@ -50,14 +51,15 @@ class GatedDeltaNet(DeltaNet):
     """
 
     op = "gated_delta_rule"
+    writers = (*DeltaNet.writers, "decay_proj")
     gated = True
 
     def build_decay(self, hidden: int) -> None:
         self.decay_proj = nn.Linear(hidden, self.heads, bias=False)
         self.A_log, self.dt_bias = decay_parameters(self.heads, self.heads)
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        return decay_of(self.decay_proj(x), self.A_log, self.dt_bias)
+    def log_decay(self, x: Tensor, passage: Passage) -> Tensor:
+        return decay_of(passage.projected(x, self.decay_proj), self.A_log, self.dt_bias)
 
 
 class KimiDeltaAttention(DeltaNet):
@@ -68,6 +70,7 @@ class KimiDeltaAttention(DeltaNet):
     """
 
     op = "kda"
+    writers = (*DeltaNet.writers, "decay_proj")
     gated = True
     gate_activation = "sigmoid"
 
@@ -79,8 +82,8 @@ class KimiDeltaAttention(DeltaNet):
         self.decay_proj = self._low_rank(hidden, width)
         self.A_log, self.dt_bias = decay_parameters(self.heads, width)
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        return decay_of(self.decay_proj(x).unflatten(-1, (self.heads, -1)), self.A_log, self.dt_bias)
+    def log_decay(self, x: Tensor, passage: Passage) -> Tensor:
+        return decay_of(passage.projected(x, self.decay_proj).unflatten(-1, (self.heads, -1)), self.A_log, self.dt_bias)
 
     def _low_rank(self, hidden: int, width: int) -> nn.Module:
         rank = self.value_width

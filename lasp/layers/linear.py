@@ -40,7 +40,7 @@ class LightningAttention(LinearMixer):
     def build_decay(self, hidden: int) -> None:
         constant(self, lightning_log_decay(self.heads, self.layer_idx, self.num_layers))
 
-    def log_decay(self, x: Tensor) -> Tensor:
+    def log_decay(self, x: Tensor, passage: Passage) -> Tensor:
         return self.decay
 
 
@@ -54,7 +54,7 @@ class Retention(LinearMixer):
     def build_decay(self, hidden: int) -> None:
         constant(self, retention_log_decay(self.heads))
 
-    def log_decay(self, x: Tensor) -> Tensor:
+    def log_decay(self, x: Tensor, passage: Passage) -> Tensor:
         return self.decay
 
 
@@ -62,26 +62,28 @@ class SimpleGLA(LinearMixer):
     """A decay a head, by data: ``g = log σ(W x) / 16``. Mamba-2's scalar decay, https://arxiv.org/abs/2405.21060."""
 
     op = "simple_gla"
+    writers = (*LinearMixer.writers, "decay_proj")
 
     def build_decay(self, hidden: int) -> None:
         self.decay_proj = nn.Linear(hidden, self.heads)
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(at_least_float32(self.decay_proj(x))) / GATE_TEMPERATURE
+    def log_decay(self, x: Tensor, passage: Passage) -> Tensor:
+        return F.logsigmoid(at_least_float32(passage.projected(x, self.decay_proj))) / GATE_TEMPERATURE
 
 
 class GatedLinearAttention(LinearMixer):
     """A decay a key dimension, by data: ``g = log σ(W₂ W₁ x) / 16``: GLA, https://arxiv.org/abs/2312.06635, section 4.4."""
 
     op = "gla"
+    writers = (*LinearMixer.writers, "decay_proj")
 
     def build_decay(self, hidden: int) -> None:
         self.decay_proj = nn.Sequential(
             nn.Linear(hidden, GATE_RANK, bias=False), nn.Linear(GATE_RANK, self.heads * self.features_width)
         )
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        g = F.logsigmoid(at_least_float32(self.decay_proj(x))) / GATE_TEMPERATURE
+    def log_decay(self, x: Tensor, passage: Passage) -> Tensor:
+        g = F.logsigmoid(at_least_float32(passage.projected(x, self.decay_proj))) / GATE_TEMPERATURE
         return g.unflatten(-1, (self.heads, -1))
 
 
@@ -107,7 +109,7 @@ class HGRN2(LinearMixer):
             raise ValueError("mixer hgrn2: its keys follow from the decay, use a feature_map that keeps the width")
 
     def keys_and_decay(self, x: Tensor, passage: Passage) -> tuple[Tensor, Tensor]:
-        projected = passage.convolved(self.k_proj(x), self.k_conv).unflatten(-1, (self.heads, -1))
+        projected = passage.convolved(passage.projected(x, self.k_proj), self.k_conv).unflatten(-1, (self.heads, -1))
         logits = at_least_float32(projected)
         bound = self.layer_idx / self.num_layers
         # Not from f: near f = 1 there would be no digits left of 1 − f and log f, near f = 0 no log f.

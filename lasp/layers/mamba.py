@@ -40,6 +40,7 @@ class Mamba2(LinearMixer):
     """
 
     op = "simple_gla"
+    writers = (*LinearMixer.writers, "dt_proj")
     default_conv_size = 4
     default_key_heads = 1
     expansion = 2
@@ -57,6 +58,6 @@ class Mamba2(LinearMixer):
     def writes(self, x: Tensor, passage: Passage) -> Writes:
         k, v, *_ = super().writes(x, passage)
         wide = at_least_float32(v)
-        dt = F.softplus(at_least_float32(self.dt_proj(x)) + self.dt_bias)
+        dt = F.softplus(at_least_float32(passage.projected(x, self.dt_proj)) + self.dt_bias)
         values, skip = (wide * factor.unsqueeze(-1) for factor in (dt, self.D))
         return Writes(k, values.to(v.dtype), -self.A_log.to(dt.dtype).exp() * dt, skip=skip.to(v.dtype))

@@ -92,6 +92,8 @@ class LinearMixer(nn.Module):
     rotated = False
     #: Whether queries and keys are made of length 1.
     of_length_one = False
+    #: The projections by which tokens write to the state.
+    writers: tuple[str, ...] = ("k_proj", "v_proj")
     #: The factor of the queries; None for ``K ** -0.5``.
     scale: float | None = None
 
@@ -149,17 +151,19 @@ class LinearMixer(nn.Module):
     def build_decay(self, hidden: int) -> None:
         """Make the parameters of `log_decay`."""
 
-    def log_decay(self, x: Tensor) -> Tensor | None:
+    def log_decay(self, x: Tensor, passage: Passage) -> Tensor | None:
         """The log-decay of x's tokens: None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``, in float32 at least."""
         return None
 
     def queries(self, x: Tensor, passage: Passage) -> Tensor:
         """``[B, T, key_heads, K]``."""
-        return self.features(passage.convolved(self.q_proj(x), self.q_conv), passage)
+        return self.features(passage.convolved(passage.asked(x, self.q_proj), self.q_conv), passage)
 
     def keys_and_decay(self, x: Tensor, passage: Passage) -> tuple[Tensor, Tensor | None]:
         """The keys ``[B, T, key_heads, K]`` and the log-decay; together, for mixers whose keys follow from their decay."""
-        return self.features(passage.convolved(self.k_proj(x), self.k_conv), passage), self.log_decay(x)
+        return self.features(
+            passage.convolved(passage.projected(x, self.k_proj), self.k_conv), passage
+        ), self.log_decay(x, passage)
 
     def features(self, x: Tensor, passage: Passage) -> Tensor:
         """The features of queries or keys ``[B, T, key_heads · D]``, by head."""
@@ -169,7 +173,7 @@ class LinearMixer(nn.Module):
     def writes(self, x: Tensor, passage: Passage) -> Writes:
         """All that needs no queries."""
         k, g = self.keys_and_decay(x, passage)
-        v = passage.convolved(self.v_proj(x), self.v_conv)
+        v = passage.convolved(passage.projected(x, self.v_proj), self.v_conv)
         return Writes(k, v.unflatten(-1, (self.heads, -1)), g)
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:

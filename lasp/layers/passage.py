@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lasp.layers.convolution import ShortConvolution
 from lasp.layers.rotary import rotate
@@ -41,6 +41,16 @@ class Passage:
     before: MixerState | None = None
     tails: list[Tensor] = field(default_factory=list)
 
+    def projected(self, x: Tensor, projection: nn.Module) -> Tensor:
+        """What is made of tokens x for the state: of all of them by the same projection."""
+        y: Tensor = projection(x)
+        return y
+
+    def asked(self, x: Tensor, projection: nn.Module) -> Tensor:
+        """What is made of tokens x to ask the state."""
+        y: Tensor = projection(x)
+        return y
+
     def convolved(self, x: Tensor, conv: ShortConvolution | None) -> Tensor:
         """x ``[B, T, D]`` through the short convolution, if there is one."""
         if conv is None:
@@ -56,4 +66,6 @@ class Passage:
 
     def rotated(self, x: Tensor, theta: float) -> Tensor:
         """x ``[B, T, H, D]``, its pairs rotated by the tokens' positions."""
-        return rotate(x, self.sp, theta, None if self.before is None else self.before.position)
+        if self.before is None:
+            return rotate(x, self.sp, theta)
+        return rotate(x, self.sp, theta, self.before.position + torch.arange(x.shape[1], device=x.device))

@@ -14,15 +14,14 @@ from lasp.parallel import SequenceParallel
 from lasp.parallel.operators import keep
 
 
-def rotate(x: Tensor, sp: SequenceParallel, theta: float, first: Tensor | None = None) -> Tensor:
+def rotate(x: Tensor, sp: SequenceParallel, theta: float, positions: Tensor | None = None) -> Tensor:
     """Rotate the pairs ``(x_i, x_{i + D/2})`` by ``position · theta^(−2i/D)``.
 
     Args:
         x: ``[B, T, H, D]``, this rank's tokens.
         sp: the layout that knows their positions.
         theta: the base of the angles.
-        first: the position of the first token, an integer, where the tokens follow on others: then they follow one another, and
-            the layout is not asked.
+        positions: of the tokens ``[T]``, where they are not those of the layout.
 
     Raises:
         ValueError: where D is odd.
@@ -31,8 +30,8 @@ def rotate(x: Tensor, sp: SequenceParallel, theta: float, first: Tensor | None =
         raise ValueError(f"rotary positions need heads of even width, given {x.shape[-1]}: use another number of heads")
     wide = at_least_float32(x)
     width = index(x.shape[-1])
-    if first is not None:
-        cosine, sine = _angles_at(first + torch.arange(x.shape[1], device=x.device), width, theta, wide.dtype)
+    if positions is not None:
+        cosine, sine = _angles_at(positions, width, theta, wide.dtype)
     elif torch.compiler.is_compiling():
         cosine, sine = _traced_angles(keep(sp.name), width, theta, wide.device, wide.dtype)
     else:
