@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,6 +53,27 @@ class Routed:
     def memory_counts(self) -> tuple[int, ...]:
         """How many tokens chose each memory, of this rank's."""
         return tuple(sum(self.counts[memory :: self.memories]) for memory in range(self.memories))
+
+    def by_memory(self, x: Tensor) -> list[Tensor]:
+        """Routed tokens ``[1, N, ...]`` by the memory that they chose: M tensors ``[1, N_m, ...]``."""
+        if len(self.counts) > self.memories:
+            x = x.index_select(1, self._across[0])
+        return list(x.split(self.memory_counts, dim=1))
+
+    def together(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse."""
+        x = torch.cat(list(parts), dim=1)
+        return x.index_select(1, self._across[1]) if len(self.counts) > self.memories else x
+
+    @cached_property
+    def _across(self) -> tuple[Tensor, Tensor]:
+        """The places in the order of the memories, and where each place is in it."""
+        counts, device = self.dispatch.counts, self.dispatch.token.device
+        memory = torch.arange(len(self.counts), device=device) % self.memories
+        order = torch.sort(torch.repeat_interleave(memory, counts, output_size=self.tokens), stable=True).indices
+        back = torch.empty_like(order)
+        back[order] = torch.arange(self.tokens, device=device)
+        return order, back
 
     def plan(self, recurrence: Recurrence) -> RoutedPlan:
         """The segments for a recurrence, made once."""

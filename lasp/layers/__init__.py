@@ -15,9 +15,11 @@ from lasp.layers.linear import (
 )
 from lasp.layers.mamba import Mamba2
 from lasp.layers.mixer import LinearMixer
+from lasp.layers.mom import MixtureOfMemories
 from lasp.layers.norm import GatedRMSNorm, GateFirstRMSNorm, RMSNorm
 from lasp.layers.passage import MixerState
 from lasp.layers.rotary import rotate
+from lasp.layers.router import Router, Routing
 from lasp.layers.softmax import SoftmaxAttention
 
 __all__ = [
@@ -35,8 +37,11 @@ __all__ = [
     "LinearMixer",
     "Mamba2",
     "MixerState",
+    "MixtureOfMemories",
     "RMSNorm",
     "Retention",
+    "Router",
+    "Routing",
     "ShortConvolution",
     "SimpleGLA",
     "SoftmaxAttention",

@@ -184,7 +184,7 @@ class LinearMixer(nn.Module):
             sp: the ranks that share the sequence, and its documents.
             cu_seqlens: the boundaries of packed documents, where there is no `sp`.
         """
-        return self._mix(x, Passage(sequence_of(x, cu_seqlens, sp)))[0]
+        return self.mix(x, Passage(sequence_of(x, cu_seqlens, sp)))[0]
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before any token, for `step`.
@@ -215,21 +215,21 @@ class LinearMixer(nn.Module):
         if state.memory.shape[0] != x.shape[0]:
             raise ValueError(f"step: x holds {x.shape[0]} sequences and the state {state.memory.shape[0]}")
         passage = Passage(sequence_of(x, None, None), state)
-        y, memory = self._mix(x, passage)
+        y, memory = self.mix(x, passage)
         assert memory is not None
         return y, MixerState(memory, tuple(passage.tails), state.position + x.shape[1])
 
-    def _mix(self, x: Tensor, passage: Passage) -> tuple[Tensor, Tensor | None]:
+    def mix(self, x: Tensor, passage: Passage) -> tuple[Tensor, Tensor | None]:
         """The output, and the memory after the last token where the passage follows on one."""
-        before, writes = passage.before, self.writes(x, passage)
+        before, writes = passage.before, self.writes(passage.sent(x), passage)
         pending = start(
             writes.k, writes.v, writes.g, writes.beta, use_qk_l2norm_in_kernel=self.of_length_one,
-            initial_state=None if before is None else before.memory, sp=passage.sp, op=self.op,
+            initial_state=None if before is None else before.memory, sp=passage.sp, routed=passage.routed, op=self.op,
         )  # fmt: skip
         q = self.queries(x, passage)
         gate = None if self.gate_proj is None else self.gate_proj(x)
         o, memory = pending.finish(q, self.scale, output_final_state=before is not None)
-        o = o if writes.skip is None else o + writes.skip
+        o = passage.collected(o if writes.skip is None else o + writes.skip)
         return self.o_proj(self.norm(o.flatten(-2), gate)), memory
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lasp.layers.convolution import ShortConvolution
 from lasp.layers.rotary import rotate
 from lasp.parallel import SequenceParallel
+from lasp.parallel.routed import Routed
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,21 @@ class Passage:
         sp: the ranks and the layout of these tokens.
         before: the state that they follow on; None for a sequence from its beginning.
         tails: what the short convolutions must keep for the tokens that follow; filled where there is a state.
+        routed: how they are routed to memories, if they are.
     """
 
     sp: SequenceParallel
     before: MixerState | None = None
     tails: list[Tensor] = field(default_factory=list)
+    routed: Routed | None = None
+
+    def sent(self, x: Tensor) -> Tensor:
+        """The tokens as they write to the state."""
+        return x
+
+    def collected(self, o: Tensor) -> Tensor:
+        """The output of each token, of what the state gave ``[B, T, H, V]``."""
+        return o
 
     def projected(self, x: Tensor, projection: nn.Module) -> Tensor:
         """What is made of tokens x for the state: of all of them by the same projection."""

@@ -1,0 +1,147 @@
+"""Mixture of Memories: any linear mixer with several states, of which each token writes to and reads a few."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasp.layers.convolution import ShortConvolution
+from lasp.layers.linear import mixer_type
+from lasp.layers.passage import Passage
+from lasp.layers.rotary import rotate
+from lasp.layers.router import Router, Routing
+from lasp.ops.inputs import CuSeqlens, sequence_of
+from lasp.parallel import SequenceParallel
+from lasp.parallel.routed import Routed
+from lasp.parallel.routed_convolution import routed_convolution
+
+
+class PerMemory(nn.ModuleList):
+    """A projection of each memory's own.
+
+    Args:
+        projection: what each is like; its linear parts are drawn anew.
+        memories: how many.
+    """
+
+    def __init__(self, projection: nn.Module, memories: int):
+        super().__init__(deepcopy(projection) for _ in range(memories))
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
+
+    def forward(self, x: Tensor, routed: Routed) -> Tensor:
+        """``[1, N, D]`` to ``[1, N, D']``, of routed tokens: as many products as tokens chose memories, whatever there are."""
+        return routed.together([own(part) for own, part in zip(self, routed.by_memory(x), strict=True)])
+
+
+@dataclass
+class RoutedPassage(Passage):
+    """Tokens on their way to the memories that they chose, and what these give on its way back.
+
+    Attributes:
+        weights: how much each token has of what its memories give ``[B · T, k]``.
+    """
+
+    weights: Tensor | None = None
+
+    def sent(self, x: Tensor) -> Tensor:
+        return self._routed.dispatch.send(x.flatten(0, 1)).unsqueeze(0)
+
+    def projected(self, x: Tensor, projection: nn.Module) -> Tensor:
+        y: Tensor = projection(x, self._routed) if isinstance(projection, PerMemory) else projection(x)
+        return y
+
+    def asked(self, x: Tensor, projection: nn.Module) -> Tensor:
+        return self.sent(projection(x))
+
+    def convolved(self, x: Tensor, conv: ShortConvolution | None) -> Tensor:
+        if conv is None:
+            return x
+        return routed_convolution(x, conv.weight, conv.bias, conv.activation, self._routed)
+
+    def rotated(self, x: Tensor, theta: float) -> Tensor:
+        positions = self.sp.layout.document_positions(self.sp.rank).to(x.device)
+        token = self._routed.dispatch.token
+        return rotate(x, self.sp, theta, positions.repeat(self._routed.batch).index_select(0, token))
+
+    def collected(self, o: Tensor) -> Tensor:
+        assert self.weights is not None
+        o = self._routed.dispatch.collect(o.squeeze(0), self.weights)
+        B = self._routed.batch
+        return o.view(B, o.shape[0] // B, *o.shape[1:])
+
+    @property
+    def _routed(self) -> Routed:
+        assert self.routed is not None
+        return self.routed
+
+
+class MixtureOfMemories(nn.Module):
+    """M states instead of one: a token writes to the k that its router chose, and reads their mixture.
+
+    MoM, https://arxiv.org/abs/2502.13685, section 3: ``o = Σ_m w_m q_t M_m`` over the chosen memories, and beside them the
+    shared one, which all tokens choose with weight 1; then the mixer's norm, output gate and output projection. A memory that a
+    token did not choose neither decays nor changes. Keys, values and gates are projected for each memory by itself, queries
+    once; the short convolutions see the tokens that chose the same memory.
+
+    Args:
+        hidden: width of the model.
+        heads: H, of each memory.
+        recurrence: the mixer that each memory is, a name in `MIXERS`.
+        num_memories: M, without the shared one.
+        top_k: k.
+        shared_memory: whether there is one more memory, for all tokens.
+        single_kv_proj: whether the memories share one projection of keys, values and gates.
+        options: of the mixer.
+
+    Raises:
+        ValueError: where k is above M, M below 1, the recurrence unknown, or the mixer refuses its options.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        *,
+        recurrence: str = "gated_delta_net",
+        num_memories: int = 4,
+        top_k: int = 2,
+        shared_memory: bool = True,
+        single_kv_proj: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        self.router = Router(hidden, num_memories, top_k)
+        self.num_memories, self.shared_memory = num_memories, shared_memory
+        self.mixer = mixer_type(recurrence)(hidden, heads, **options)
+        if not single_kv_proj:
+            for name in self.mixer.writers:
+                setattr(self.mixer, name, PerMemory(getattr(self.mixer, name), num_memories + shared_memory))
+
+    def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            x: ``[B, T, hidden]``, this rank's tokens.
+            sp: the ranks that share the sequence, and its documents.
+            cu_seqlens: the boundaries of packed documents, where there is no `sp`.
+        """
+        seq = sequence_of(x, cu_seqlens, sp)
+        memories, weights = self._chosen(self.router(x))
+        routed = Routed.of(memories, self.num_memories + self.shared_memory, seq)
+        return self.mixer.mix(x, RoutedPassage(seq, routed=routed, weights=weights.flatten(0, 1)))[0]
+
+    def _chosen(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The memories and their weights, the shared one's too, which stands after all others."""
+        if not self.shared_memory:
+            return routing.memories, routing.weights
+
+        def beside(x: Tensor, value: float) -> Tensor:
+            return torch.cat([x, torch.full_like(x[..., :1], value)], dim=-1)
+
+        return beside(routing.memories, self.num_memories), beside(routing.weights, 1.0)

@@ -1,0 +1,178 @@
+"""Mixture of Memories against memories that are sequences of their own: outputs, every gradient, every rank, every layout."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lasp import SequenceParallel
+from lasp.layers import MIXERS, MixtureOfMemories, Router, rotate
+from lasp.layers.mom import PerMemory
+from lasp.layers.passage import Passage
+from lasp.ops.inputs import sequence_of
+from lasp.ops.pending import start
+from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, poisoned_memory
+
+Groups = dict[int, dist.ProcessGroup]
+WORLDS = [1, 2, 4]
+HIDDEN, HEADS = 8, 2
+#: Those that are looked at on all layouts: the paper's, and one of each other family.
+RECURRENCES = ("basic", "lightning", "gla", "gated_delta_net", "kda")
+
+
+def layer(recurrence: str, **options: object) -> MixtureOfMemories:
+    torch.manual_seed(0)
+    return MixtureOfMemories(HIDDEN, HEADS, recurrence=recurrence, **options).double()  # type: ignore[arg-type]
+
+
+class Placed(Passage):
+    """Tokens at places of a document, between which others chose other memories."""
+
+    places: Tensor
+
+    def rotated(self, x: Tensor, theta: float) -> Tensor:
+        return rotate(x, self.sp, theta, self.places)
+
+
+def one_by_one(mom: MixtureOfMemories, x: Tensor, bounds: tuple[int, ...] | None) -> Tensor:
+    """Each memory as a layer of its own over the tokens that it gets, row by row and document by document."""
+    mixer = mom.mixer
+    memories, weights = mom._chosen(mom.router(x))
+    rows = []
+    for b in range(x.shape[0]):
+        o = x.new_zeros(TOKENS, HEADS, mixer.value_width)
+        for begin, end in zip((bounds or (0, TOKENS))[:-1], (bounds or (0, TOKENS))[1:], strict=True):
+            for m in range(int(memories.max()) + 1):
+                token, choice = (memories[b, begin:end] == m).nonzero(as_tuple=True)
+                if not len(token):
+                    continue
+                own = plain(mixer, m)
+                here = x[b, begin + token].unsqueeze(0)
+                passage = Placed(sequence_of(here, None, None))
+                passage.places = token
+                writes = own.writes(here, passage)
+                pending = start(
+                    writes.k, writes.v, writes.g, writes.beta, use_qk_l2norm_in_kernel=own.of_length_one, op=own.op
+                )
+                given, _ = pending.finish(own.queries(here, passage), own.scale)
+                given = given if writes.skip is None else given + writes.skip
+                weight = weights[b, begin + token, choice]
+                o = o.index_add(0, begin + token, given[0] * weight[:, None, None])
+        rows.append(o)
+    gate = None if mixer.gate_proj is None else mixer.gate_proj(x)
+    return mixer.o_proj(mixer.norm(torch.stack(rows).flatten(-2), gate))
+
+
+def plain(mixer: nn.Module, memory: int) -> nn.Module:
+    """The mixer with that memory's projections, which are the same parameters."""
+    own = deepcopy(mixer, {id(p): p for p in mixer.parameters()})
+    for name in mixer.writers:
+        projection = getattr(own, name)
+        if isinstance(projection, PerMemory):
+            setattr(own, name, projection[memory])
+    return own
+
+
+def gradients(mom: nn.Module, y: Tensor, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of x and of every parameter."""
+    named = dict(mom.named_parameters())
+    found = torch.autograd.grad(y, [x, *named.values()], dy, allow_unused=True)
+    return {"y": y, "x": found[0]} | {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found[1:], strict=True)
+    }
+
+
+def check(groups: Groups, mom: MixtureOfMemories, name: str, documents: str, worlds: list[int]) -> None:
+    cu_seqlens = DOCUMENTS[documents]
+    random = Inputs(1, torch.float64)
+    x, dy = (random.normal(1 if cu_seqlens else 2, TOKENS, HIDDEN) for _ in range(2))
+    x.requires_grad_()
+    want = gradients(mom, one_by_one(mom, x, cu_seqlens), x, dy)
+    for world in worlds:
+        sp = SequenceParallel(groups[world], LAYOUTS[name](TOKENS, world, cu_seqlens))
+        local = sp.layout.shard(x.detach(), sp.rank).requires_grad_()
+        with poisoned_memory():
+            given = gradients(mom, mom(local, sp=sp), local, sp.layout.shard(dy, sp.rank))
+        for key, g in given.items():
+            if key not in ("x", "y"):
+                dist.all_reduce(g, group=groups[world])
+        wanted = {key: sp.layout.shard(g, sp.rank) if key in ("x", "y") else g for key, g in want.items()}
+        assert_close(given, wanted, 1e-9)
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_equals_layers_of_each_memory(groups: Groups, recurrence: str, name: str, documents: str) -> None:
+    check(groups, layer(recurrence, conv_size=4), name, documents, WORLDS)
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("recurrence", [name for name in MIXERS if name not in RECURRENCES])
+def test_every_mixer_is_a_memory(groups: Groups, recurrence: str) -> None:
+    check(groups, layer(recurrence), "zigzag", "packed", [4])
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shared_memory": False},
+        {"single_kv_proj": True},
+        {"num_memories": 7, "top_k": 3},
+        {"num_memories": 1, "top_k": 1},
+    ],
+    ids=str,
+)
+def test_options(groups: Groups, options: dict[str, object]) -> None:
+    check(groups, layer("gated_delta_net", **options), "table", "packed", [1, 4])
+
+
+@pytest.mark.mpi(min_size=4)
+def test_a_changed_future_token_moves_nothing_earlier(groups: Groups) -> None:
+    mom, x = layer("gated_delta_net"), Inputs(1, torch.float64).normal(1, TOKENS, HIDDEN)
+    for world in WORLDS:
+        sp = SequenceParallel(groups[world], LAYOUTS["zigzag"](TOKENS, world, DOCUMENTS["packed"]))
+        positions = sp.layout.positions(sp.rank)
+        before = mom(sp.layout.shard(x, sp.rank), sp=sp)
+        for changed in (10, 16, 30):
+            moved = x.clone()
+            moved[:, changed] = moved[:, changed] * 2 - 1
+            after = mom(sp.layout.shard(moved, sp.rank), sp=sp)
+            # What is sorted stands elsewhere: sums may be in another order.
+            torch.testing.assert_close(
+                after[:, positions < changed], before[:, positions < changed], rtol=1e-12, atol=1e-12
+            )
+
+
+@pytest.mark.parametrize("recurrence", MIXERS)
+def test_one_memory_is_the_plain_layer(recurrence: str) -> None:
+    mom = layer(recurrence, num_memories=1, top_k=1, shared_memory=False)
+    x = Inputs(1, torch.float64).normal(2, TOKENS, HIDDEN)
+    assert_close({"y": mom(x)}, {"y": plain(mom.mixer, 0)(x)}, 1e-14)
+
+
+def test_of_two_alike_the_first_is_chosen() -> None:
+    router = Router(HIDDEN, 4, 2)
+    nn.init.zeros_(router.proj.weight)
+    routing = router(torch.randn(1, 5, HIDDEN))
+    assert torch.equal(routing.memories, torch.tensor([0, 1]).expand(1, 5, 2))
+    assert torch.equal(routing.weights, torch.full((1, 5, 2), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_memories": 0}, "num_memories=0: expected at least 1"),
+        ({"num_memories": 2, "top_k": 3}, "top_k=3: expected from 1 to num_memories=2"),
+        ({"recurrence": "lstm"}, "unknown mixer='lstm': expected one of basic"),
+    ],
+)
+def test_errors(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixtureOfMemories(HIDDEN, HEADS, **options)
