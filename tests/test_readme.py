@@ -59,6 +59,10 @@ def test_the_figures_are_recorded() -> None:
     assert {row["mixer"] for row in parity} == MIXERS.keys()
     loss, norm = (max(row[name] for row in parity) for name in ("loss", "grad_norm"))
     assert f"more than {_short(loss)} and no gradient norm by more than {_short(norm)}" in " ".join(README.split())
+    mom = json.loads((ROOT / "launch/results/parity_mom.json").read_text())["figures"]["deviations"]
+    assert (
+        f"[{_short(max(max(row['loss'], row['grad_norm']) for row in mom))}](launch/results/parity_mom.json)" in README
+    )
     nccl = json.loads((ROOT / "launch/results/parity_nccl.json").read_text())["figures"]["deviations"]
     assert f"[{_short(max(row['grad_norm'] for row in nccl))}](launch/results/parity_nccl.json)" in README
 

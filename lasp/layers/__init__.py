@@ -19,13 +19,14 @@ from lasp.layers.mom import MixtureOfMemories
 from lasp.layers.norm import GatedRMSNorm, GateFirstRMSNorm, RMSNorm
 from lasp.layers.passage import MixerState
 from lasp.layers.rotary import rotate
-from lasp.layers.router import Router, Routing
+from lasp.layers.router import Balance, Router, Routing, balance
 from lasp.layers.softmax import SoftmaxAttention
 
 __all__ = [
     "FEATURE_MAPS",
     "HGRN2",
     "MIXERS",
+    "Balance",
     "BasicLinearAttention",
     "DeltaNet",
     "GateFirstRMSNorm",
@@ -45,6 +46,7 @@ __all__ = [
     "ShortConvolution",
     "SimpleGLA",
     "SoftmaxAttention",
+    "balance",
     "feature_map",
     "mixer_type",
     "rotate",

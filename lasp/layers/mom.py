@@ -118,6 +118,8 @@ class MixtureOfMemories(nn.Module):
         super().__init__()
         self.router = Router(hidden, num_memories, top_k)
         self.num_memories, self.shared_memory = num_memories, shared_memory
+        #: What was chosen in the last forward, for `lasp.layers.router.balance`.
+        self.routing: Routing | None = None
         self.mixer = mixer_type(recurrence)(hidden, heads, **options)
         if not single_kv_proj:
             for name in self.mixer.writers:
@@ -132,7 +134,8 @@ class MixtureOfMemories(nn.Module):
             cu_seqlens: the boundaries of packed documents, where there is no `sp`.
         """
         seq = sequence_of(x, cu_seqlens, sp)
-        memories, weights = self._chosen(self.router(x))
+        self.routing = self.router(x)
+        memories, weights = self._chosen(self.routing)
         routed = Routed.of(memories, self.num_memories + self.shared_memory, seq)
         return self.mixer.mix(x, RoutedPassage(seq, routed=routed, weights=weights.flatten(0, 1)))[0]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.ops.norm import at_least_float32
@@ -49,9 +52,52 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x: ``[B, T, hidden]``."""
-        probabilities = at_least_float32(self.proj(x)).softmax(-1)
+        with torch.autocast(x.device.type, enabled=False):
+            # Whatever else is rounded: a choice is not.
+            x, weight = at_least_float32(x), at_least_float32(self.proj.weight)
+            probabilities = F.linear(x, weight).softmax(-1)
         # torch.topk leaves open which of two alike it takes.
         likeliest, memories = torch.sort(probabilities, dim=-1, descending=True, stable=True)
         likeliest = likeliest[..., : self.top_k]
         weights = likeliest / likeliest.sum(-1, keepdim=True)
         return Routing(probabilities, memories[..., : self.top_k].contiguous(), weights)
+
+
+class Balance(NamedTuple):
+    """How evenly tokens choose, of all layers that route.
+
+    Attributes:
+        loss: this rank's share of ``M Σ_m f_m P_m``, the layers' mean: 1 where all memories are chosen alike.
+        load: f, the share of the choices that each memory has ``[M]``, the layers' mean, over all ranks.
+        entropy: this rank's share of that of the probabilities, in nats, the mean over tokens and layers.
+    """
+
+    loss: Tensor
+    load: Tensor
+    entropy: Tensor
+
+
+def balance(routings: Sequence[Routing], group: dist.ProcessGroup | None) -> Balance:
+    """The load-balancing loss, f and P being means over all tokens of a step: those of all ranks of the group.
+
+    Switch Transformers, https://arxiv.org/abs/2101.03961, eq. 4, as MoM has it. Shares add up over the ranks, as do those of
+    the gradients. One all-reduce, for all layers.
+
+    Args:
+        routings: what each layer's router chose, of this rank's tokens.
+        group: the ranks that share the step, over both sequences and batch; None for this rank alone.
+    """
+    likely = torch.stack([routing.probabilities.flatten(0, -2).sum(0) for routing in routings])
+    layers, memories = likely.shape
+    chosen = likely.new_zeros(layers, memories)
+    for row, routing in zip(chosen, routings, strict=True):
+        choices = routing.memories.flatten()
+        row.scatter_add_(0, choices, row.new_ones(choices.shape))
+    if group is not None:
+        dist.all_reduce(chosen, group=group)
+    top_k = routings[0].memories.shape[-1]
+    tokens = chosen[0].sum() / top_k
+    load = chosen / (tokens * top_k)
+    loss = memories * (load * likely / tokens).sum() / layers
+    entropy = sum(-torch.special.xlogy(p, p).sum() for p in (routing.probabilities.detach() for routing in routings))
+    return Balance(loss, load.mean(0), entropy / tokens / layers)

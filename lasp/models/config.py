@@ -11,6 +11,9 @@ from lasp.layers.mixer import head_width
 #: What a letter of a layer pattern stands for.
 PATTERN = {"L": "the linear mixer", "N": "softmax attention"}
 
+#: The mixer that is none of its own: several memories, each of which is another.
+MIXTURE = "mom"
+
 
 @dataclass(frozen=True)
 class LinearLlama3Config:
@@ -24,7 +27,11 @@ class LinearLlama3Config:
         kv_heads: heads of the softmax layers' keys and values; they divide `heads`, which they are when None.
         intermediate: width of the MLP.
         pattern: a letter a layer, repeated over the depth: L is the linear mixer, N softmax attention ("normal").
-        mixer: the linear mixer, a name in `lasp.layers.MIXERS`.
+        mixer: the linear mixer, a name in `lasp.layers.MIXERS`, or "mom" for a mixture of memories.
+        mom_recurrence: what each memory of it is, a name in `lasp.layers.MIXERS`.
+        num_memories: how many memories it has, without the shared one.
+        top_k: how many of them a token chooses.
+        shared_memory: whether it has one more, for all tokens.
         feature_map: of the linear mixer, a name in `lasp.layers.FEATURE_MAPS`; the mixer's own when None.
         conv_size: width of the linear mixer's short convolution; 0 for none, the mixer's own when None.
         window: how many tokens a softmax layer's token sees; all when None.
@@ -44,6 +51,10 @@ class LinearLlama3Config:
     intermediate: int = 384
     pattern: str = "LLLN"
     mixer: str = "gla"
+    mom_recurrence: str = "gated_delta_net"
+    num_memories: int = 4
+    top_k: int = 2
+    shared_memory: bool = True
     feature_map: str | None = None
     conv_size: int | None = None
     window: int | None = None
@@ -68,7 +79,9 @@ class LinearLlama3Config:
             raise ValueError(
                 f"conv_size must be at least 0 and window at least 1, given {self.conv_size}, {self.window}"
             )
-        mixer_type(self.mixer)
+        mixer_type(self.mom_recurrence if self.mixer == MIXTURE else self.mixer)
+        if not 1 <= self.top_k <= self.num_memories:
+            raise ValueError(f"top_k={self.top_k} must be from 1 to num_memories={self.num_memories}")
         if self.feature_map is not None:
             feature_map(self.feature_map)
 
@@ -82,6 +95,8 @@ class LinearLlama3Config:
 PRESETS = {
     # Bytes, about a million parameters: what two CPU cores train in a couple of minutes.
     "tiny": LinearLlama3Config(),
+    # The same with a mixture of memories, Gated DeltaNets, in three layers of four.
+    "tiny-mom": LinearLlama3Config(mixer=MIXTURE),
     # Bytes, about 40 million parameters.
     "small": LinearLlama3Config(hidden=512, layers=12, heads=8, intermediate=1408),
     # The paper's, with Llama 3's vocabulary: 1.1 billion parameters, of which 263 million embed. Tied, as Llama 3.2 1B is.

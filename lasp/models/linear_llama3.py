@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.linear import mixer_type
+from lasp.layers.mom import MixtureOfMemories
 from lasp.layers.norm import RMSNorm
+from lasp.layers.router import Routing
 from lasp.layers.softmax import SoftmaxAttention
-from lasp.models.config import LinearLlama3Config
+from lasp.models.config import MIXTURE, LinearLlama3Config
 from lasp.ops.inputs import CuSeqlens
 from lasp.parallel import SequenceParallel
 
@@ -52,15 +56,24 @@ def _mixer(config: LinearLlama3Config, layer_idx: int) -> nn.Module:
             window=config.window,
             rope_theta=config.rope_theta,
         )
-    return mixer_type(config.mixer)(
+    options: dict[str, Any] = {
+        "layer_idx": layer_idx,
+        "num_layers": config.layers,
+        "feature_map": config.feature_map,
+        "conv_size": config.conv_size,
+        "rope_theta": config.rope_theta,
+        "norm_eps": config.norm_eps,
+    }
+    if config.mixer != MIXTURE:
+        return mixer_type(config.mixer)(config.hidden, config.heads, **options)
+    return MixtureOfMemories(
         config.hidden,
         config.heads,
-        layer_idx=layer_idx,
-        num_layers=config.layers,
-        feature_map=config.feature_map,
-        conv_size=config.conv_size,
-        rope_theta=config.rope_theta,
-        norm_eps=config.norm_eps,
+        recurrence=config.mom_recurrence,
+        num_memories=config.num_memories,
+        top_k=config.top_k,
+        shared_memory=config.shared_memory,
+        **options,
     )
 
 
@@ -99,6 +112,12 @@ class LinearLlama3(nn.Module):
         for block in self.blocks:
             x = block(x, sp=sp, cu_seqlens=cu_seqlens)
         return self.norm(x)
+
+    @property
+    def routings(self) -> list[Routing]:
+        """What the mixtures of memories chose in the last forward; empty where there are none."""
+        mixers = (block.mixer for block in self.blocks)
+        return [m.routing for m in mixers if isinstance(m, MixtureOfMemories) and m.routing is not None]
 
     def forward(self, tokens: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """The logits of each token's successor.

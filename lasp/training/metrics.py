@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +21,10 @@ class Row:
         tokens: how many tokens the run has trained on, this step included.
         tokens_per_second: over all ranks, since the last reading.
         lr: learning rate.
+        balance_loss: of the mixtures of memories, `lasp.layers.balance`; None where there are none, as the following.
+        router_entropy: of their routers' probabilities, in nats.
+        memory_load: the share of the choices that each memory has.
+        dropped: choices that no memory took: none is ever dropped.
     """
 
     step: int
@@ -29,6 +33,20 @@ class Row:
     tokens: int
     tokens_per_second: float
     lr: float
+    balance_loss: float | None = None
+    router_entropy: float | None = None
+    memory_load: list[float] | None = None
+    dropped: int | None = None
+
+    @classmethod
+    def of(cls, figures: list[float], step: int, tokens: int, tokens_per_second: float, lr: float) -> Row:
+        """Of what a step gives: its loss and gradient norm, and where memories are mixed balance loss, entropy and loads."""
+        loss, norm, *routed = figures
+        row = cls(step, loss, norm, tokens, tokens_per_second, lr)
+        if not routed:
+            return row
+        balance_loss, entropy, *load = routed
+        return replace(row, balance_loss=balance_loss, router_entropy=entropy, memory_load=load, dropped=0)
 
 
 class Metrics:
@@ -74,7 +92,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(asdict(row)) + "\n"
+    return json.dumps({name: value for name, value in asdict(row).items() if value is not None}) + "\n"
 
 
 def _thousands(x: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lasp.layers import FEATURE_MAPS, MIXERS
-from lasp.models import PRESETS, LinearLlama3Config
+from lasp.models import MIXTURE, PRESETS, LinearLlama3Config
 from lasp.parallel import SequenceLayout
 from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
@@ -34,10 +34,21 @@ class Options:
     """
 
     preset: str = "tiny"
-    """Size of the model: tiny (1M parameters, for CPUs), small (40M), linear-llama3-1b (the paper's)."""
+    """Size of the model: tiny (1M parameters, for CPUs), tiny-mom (with a mixture of memories), small (40M), linear-llama3-1b
+    (the paper's)."""
     mixer: str | None = None
     """Token mixer of the linear layers: basic, lightning, retention, simple_gla, gla, hgrn2, delta_net, gated_delta_net, kda,
-    mamba2. The preset's if not given."""
+    mamba2; or mom, a mixture of memories. The preset's if not given."""
+    mom_recurrence: str | None = None
+    """What each memory of a mixture is: any of the other mixers. The preset's if not given."""
+    num_memories: int | None = None
+    """How many memories a mixture has, without the shared one. The preset's if not given."""
+    top_k: int | None = None
+    """How many of them a token writes to and reads. The preset's if not given."""
+    shared_memory: bool | None = None
+    """Whether a mixture has one more memory, for all tokens. The preset's if not given."""
+    balance: float = 0.01
+    """Weight of the loss by which a mixture's tokens choose its memories evenly."""
     pattern: str | None = None
     """A letter a layer, repeated over the depth: L linear, N softmax ("normal"), as in LLLN. The preset's if not given."""
     feature_map: str | None = None
@@ -141,7 +152,7 @@ class Options:
         for name in ("seq_len", "batch_size", "steps", "log_interval", "checkpoint_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
-        for name, least in (("lr", 0.0), ("warmup", 0), ("weight_decay", 0.0), ("seed", 0)):
+        for name, least in (("lr", 0.0), ("warmup", 0), ("weight_decay", 0.0), ("balance", 0.0), ("seed", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 0")
         if not self.clip > 0:
@@ -156,6 +167,11 @@ class Options:
             raise ValueError(
                 f"--tokenizer {self.tokenizer}: its {TOKENIZERS[self.tokenizer]} tokens exceed --preset {self.preset}'s "
                 f"vocabulary of {model.vocabulary}"
+            )
+        if model.mixer == MIXTURE and self.sp != "none" and METHODS[self.sp].linear != "states":
+            states = ", ".join(name for name, method in METHODS.items() if method.linear == "states")
+            raise ValueError(
+                f"--sp {self.sp}: memories are states that travel, and with it none do; use one of {states}"
             )
         if self.sp == "none" and self.sp_size not in (None, 1):
             raise ValueError(f"--sp-size {self.sp_size}: --sp none shares no sequence, use --sp {next(iter(METHODS))}")
@@ -182,7 +198,8 @@ def _choices() -> dict[str, Collection[str]]:
     """What each option that names something may name."""
     return {
         "preset": PRESETS,
-        "mixer": MIXERS,
+        "mixer": (*MIXERS, MIXTURE),
+        "mom_recurrence": MIXERS,
         "feature_map": FEATURE_MAPS,
         "sp": ("none", *METHODS),
         "layout": LAYOUTS,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lasp.layers import balance
 from lasp.models import LinearLlama3
 from lasp.parallel import SequenceParallel
 from lasp.parallel.mesh import all_ranks
@@ -68,14 +69,16 @@ class Trainer:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> Tensor:
-        """Train on the next step's windows. Returns its loss and gradient norm ``[2]``, on the device, alike on all ranks."""
+        """Train on the next step's windows. Returns its figures (`Row.of`), on the device, alike on all ranks."""
         inputs, targets = self.batch(self.done)
         with torch.autocast(self.device.type, DTYPES[self.options.dtype], enabled=self.options.dtype != "float32"):
             features = self.model.features(inputs, sp=self.sp)
             # A share of the mean over all ranks' targets: shares of loss and gradient add up, however the step is split.
             loss = sum_of_cross_entropies(self.model, features, targets) / self.targets
+        routings = self.model.routings
+        balanced = balance(routings, self.everyone) if routings else None
         self.gradients.zero()
-        loss.backward()
+        (loss if balanced is None else loss + self.options.balance * balanced.loss).backward()
         self.gradients.sum_over(self.everyone)
         norm = self.gradients.clip(self.options.clip)
         for group in self.optimizer.param_groups:
@@ -83,9 +86,13 @@ class Trainer:
         self.optimizer.step()
         self.done += 1
 
-        loss = loss.detach().clone()
-        dist.all_reduce(loss, group=self.everyone)
-        return torch.stack([loss, norm])
+        shares = loss.detach().view(1)
+        if balanced is not None:
+            shares = torch.stack([loss.detach(), balanced.loss.detach(), balanced.entropy])
+        shares = shares.clone()
+        dist.all_reduce(shares, group=self.everyone)
+        figures = [shares[:1], norm.view(1), shares[1:]]
+        return torch.cat(figures if balanced is None else [*figures, balanced.load])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets ``[rows, T_local]`` of a step: its rows, and of those its tokens."""
@@ -141,8 +148,8 @@ class Trainer:
         speed = len(values) * self.targets / (time.perf_counter() - began)
         first = self.done - len(values)
         return [
-            Row(step + 1, loss, norm, (step + 1) * self.targets, speed, self.learning_rate(step))
-            for step, (loss, norm) in enumerate(values, first)
+            Row.of(figures, step + 1, (step + 1) * self.targets, speed, self.learning_rate(step))
+            for step, figures in enumerate(values, first)
         ]
 
     # -- checkpoints ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def test_presets() -> None:
     large = preset("linear-llama3-1b")
     assert (large.layers, large.hidden, large.heads, large.hidden // large.heads) == (16, 2048, 16, 128)
     assert 1.0e9 < parameters(large) < 1.3e9
-    assert {"tiny", "small", "linear-llama3-1b"} == PRESETS.keys()
+    assert {"tiny", "tiny-mom", "small", "linear-llama3-1b"} == PRESETS.keys()
 
 
 def test_the_pattern_repeats_over_the_depth() -> None:

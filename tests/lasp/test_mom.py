@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp import SequenceParallel
-from lasp.layers import MIXERS, MixtureOfMemories, Router, rotate
+from lasp.layers import MIXERS, MixtureOfMemories, Router, balance, rotate
 from lasp.layers.mom import PerMemory
 from lasp.layers.passage import Passage
 from lasp.ops.inputs import sequence_of
@@ -155,6 +155,32 @@ def test_one_memory_is_the_plain_layer(recurrence: str) -> None:
     mom = layer(recurrence, num_memories=1, top_k=1, shared_memory=False)
     x = Inputs(1, torch.float64).normal(2, TOKENS, HIDDEN)
     assert_close({"y": mom(x)}, {"y": plain(mom.mixer, 0)(x)}, 1e-14)
+
+
+@pytest.mark.mpi(min_size=4)
+def test_balance_is_that_of_all_tokens(groups: Groups) -> None:
+    """Shares of the loss, of the entropy and of the gradients add up to those of one rank."""
+    torch.manual_seed(0)
+    routers = [Router(HIDDEN, 4, 2).double() for _ in range(3)]
+    x = Inputs(2, torch.float64).normal(2, TOKENS, HIDDEN)
+    probabilities = [router.proj(x).softmax(-1) for router in routers]
+    chosen = [torch.nn.functional.one_hot(p.topk(2).indices, 4).sum(2).double() for p in probabilities]
+    pairs = list(zip(chosen, probabilities, strict=True))
+    loss = sum(4 * (c.mean((0, 1)) / 2 * p.mean((0, 1))).sum() for c, p in pairs) / 3
+    entropy = sum(-(p * p.log()).sum(-1).mean() for p in probabilities) / 3
+    want = torch.autograd.grad(loss, [router.proj.weight for router in routers])
+    for world in WORLDS:
+        sp = SequenceParallel(groups[world], LAYOUTS["table"](TOKENS, world, None))
+        given = balance([router(sp.layout.shard(x, sp.rank)) for router in routers], groups[world])
+        grads = torch.autograd.grad(given.loss, [router.proj.weight for router in routers])
+        totals = [given.loss.detach(), given.entropy, *grads]
+        for total in totals:
+            dist.all_reduce(total, group=groups[world])
+        named = dict(zip(("loss", "entropy", "0", "1", "2"), totals, strict=True))
+        wanted = dict(zip(named, (loss, entropy, *want), strict=True))
+        assert_close(
+            {**named, "load": given.load}, {**wanted, "load": sum(c.mean((0, 1)) / 2 for c in chosen) / 3}, 1e-12
+        )
 
 
 def test_of_two_alike_the_first_is_chosen() -> None:

@@ -27,7 +27,12 @@ TINY = ["--hidden", "16", "--heads", "2", "--intermediate", "16", "--seq-len", "
     [
         ("--mixer mamba9", "--mixer mamba9: unknown, expected one of basic, lightning"),
         ("--layout spiral", "--layout spiral: unknown, expected one of contiguous, zigzag, zigzag-per-document"),
-        ("--preset huge", "--preset huge: unknown, expected one of tiny, small, linear-llama3-1b"),
+        ("--mixer mom --top-k 5", "top_k=5 must be from 1 to num_memories=4"),
+        ("--mixer mom --num-memories 0", "top_k=2 must be from 1 to num_memories=0"),
+        ("--mixer mom --mom-recurrence lstm", "--mom-recurrence lstm: unknown, expected one of basic"),
+        ("--mixer mom --sp ulysses", "--sp ulysses: memories are states that travel, and with it none do"),
+        ("--balance -1", "--balance -1.0: must be at least 0"),
+        ("--preset huge", "--preset huge: unknown, expected one of tiny, tiny-mom, small, linear-llama3-1b"),
         ("--sp ulysses9", "--sp ulysses9: unknown, expected one of none, lasp2"),
         ("--exchange pigeon", "--exchange pigeon: unknown, expected one of auto, all-gather"),
         ("--softmax-sp pigeon", "--softmax-sp pigeon: unknown, expected one of auto, all-gather, ring"),
