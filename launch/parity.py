@@ -90,7 +90,8 @@ def train(options: Options, split: Split) -> Tensor | None:
     if mesh.get_coordinate() is None:
         return None
     trainer = Trainer(split.of(options), mesh)
-    return torch.stack([trainer.step()[:2] for _ in range(options.steps)]).double().cpu()
+    steps = [trainer.step() for _ in range(options.steps)]
+    return torch.stack([torch.stack([step["loss"], step["grad_norm"]]) for step in steps]).double().cpu()
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ class Windows:
             )
         self.corpus, self.seq_len, self.batch_size, self.seed = corpus, seq_len, batch_size, seed
 
+    @property
+    def targets(self) -> int:
+        """How many a window has."""
+        return self.seq_len
+
     def rows(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Windows `first` to ``first + count`` of the step: inputs and targets, int64 ``[count, T]`` each."""
         starts = np.random.default_rng((self.seed, step)).integers(

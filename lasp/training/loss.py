@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +24,7 @@ def sum_of_cross_entropies(model: LinearLlama3, features: Tensor, targets: Tenso
     Args:
         model: its head makes the logits.
         features: ``[B, T, hidden]``, what `LinearLlama3.features` returned.
-        targets: ``[B, T]``.
+        targets: ``[B, T]``; those below 0 are left out.
     """
 
     def piece(x: Tensor, y: Tensor) -> Tensor:
@@ -35,3 +36,9 @@ def sum_of_cross_entropies(model: LinearLlama3, features: Tensor, targets: Tenso
         return piece(x, y)
     pieces = zip(x.split(tokens), y.split(tokens), strict=True)
     return cast(Tensor, sum(checkpoint(piece, a, b, use_reentrant=False) for a, b in pieces))
+
+
+def right_answers(model: LinearLlama3, features: Tensor, targets: Tensor) -> Tensor:
+    """How many of this rank's targets the model finds likeliest, a float ``[]``; arguments as above."""
+    with torch.no_grad():
+        return ((model.head(features).argmax(-1) == targets) & (targets >= 0)).sum().float()

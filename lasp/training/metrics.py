@@ -6,8 +6,12 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+
+#: By this and its number a memory's share of the choices goes among a step's figures.
+LOAD = "memory_load."
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Row:
         tokens: how many tokens the run has trained on, this step included.
         tokens_per_second: over all ranks, since the last reading.
         lr: learning rate.
+        accuracy: the share of the answers that are right, of tasks that have some; None for others.
         balance_loss: of the mixtures of memories, `lasp.layers.balance`; None where there are none, as the following.
         router_entropy: of their routers' probabilities, in nats.
         memory_load: the share of the choices that each memory has.
@@ -33,20 +38,19 @@ class Row:
     tokens: int
     tokens_per_second: float
     lr: float
+    accuracy: float | None = None
     balance_loss: float | None = None
     router_entropy: float | None = None
     memory_load: list[float] | None = None
     dropped: int | None = None
 
     @classmethod
-    def of(cls, figures: list[float], step: int, tokens: int, tokens_per_second: float, lr: float) -> Row:
-        """Of what a step gives: its loss and gradient norm, and where memories are mixed balance loss, entropy and loads."""
-        loss, norm, *routed = figures
-        row = cls(step, loss, norm, tokens, tokens_per_second, lr)
-        if not routed:
-            return row
-        balance_loss, entropy, *load = routed
-        return replace(row, balance_loss=balance_loss, router_entropy=entropy, memory_load=load, dropped=0)
+    def of(cls, figures: dict[str, float], step: int, tokens: int, tokens_per_second: float, lr: float) -> Row:
+        """Of what a step gives by name; what the memories have is ``LOAD`` and their number."""
+        load = [value for name, value in figures.items() if name.startswith(LOAD)]
+        others: dict[str, Any] = {name: value for name, value in figures.items() if not name.startswith(LOAD)}
+        row = cls(step=step, tokens=tokens, tokens_per_second=tokens_per_second, lr=lr, **others)
+        return replace(row, memory_load=load, dropped=0) if load else row
 
 
 class Metrics:
@@ -71,7 +75,9 @@ class Metrics:
         with self.path.open("a") as file:
             file.writelines(_line(row) for row in rows)
         self.rows += rows
-        self.bar.set_postfix_str(f"loss {rows[-1].loss:.3f}, {_thousands(rows[-1].tokens_per_second)} tokens/s")
+        last = rows[-1]
+        right = "" if last.accuracy is None else f", {last.accuracy:.0%} right"
+        self.bar.set_postfix_str(f"loss {last.loss:.3f}{right}, {_thousands(last.tokens_per_second)} tokens/s")
 
     def close(self) -> str:
         """End the bar, draw the plot where matplotlib is installed, and return the closing line."""

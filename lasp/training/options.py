@@ -14,7 +14,8 @@ from lasp.models import MIXTURE, PRESETS, LinearLlama3Config
 from lasp.parallel import SequenceLayout
 from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
-from lasp.training.data import TOKENIZERS
+from lasp.training.data import TOKENIZERS, Windows, read_corpus
+from lasp.training.recall import Recall
 
 #: Who holds which tokens of a sequence, as ``--layout`` takes it.
 LAYOUTS = {
@@ -22,6 +23,8 @@ LAYOUTS = {
     "zigzag": SequenceLayout.zigzag,
     "zigzag-per-document": SequenceLayout.zigzag_per_document,
 }
+#: What there is to train on, as ``--task`` takes it.
+TASKS = ("text", "mqar")
 #: What the matrix products are computed in, as ``--dtype`` takes it.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -83,6 +86,10 @@ class Options:
     softmax_sp: str = "auto"
     """How the softmax layers' keys and values travel: auto (the method's own), all-gather, ring or ulysses."""
 
+    task: str = "text"
+    """What to train on: text, or mqar (multi-query associative recall: sequences that ask again for what they told)."""
+    pairs: int = 16
+    """Of mqar, how many keys with their values a sequence has to remember."""
     data: Path | None = None
     """A text file, or a directory of text files. The sources of Python's standard library if not given."""
     tokenizer: str = "bytes"
@@ -132,6 +139,16 @@ class Options:
         if self.sp == "none":
             return 1
         return world_size if self.sp_size is None else self.sp_size
+
+    def source(self) -> Windows | Recall:
+        """What to train on.
+
+        Raises:
+            ValueError: where the data is missing or too short, or a sequence for its pairs.
+        """
+        if self.task == "mqar":
+            return Recall(self.model().vocabulary, self.pairs, self.seq_len, self.batch_size, self.seed)
+        return Windows(read_corpus(self.data), self.seq_len, self.batch_size, self.seed)
 
     def device_type(self) -> str:
         """Where to train: ``"cpu"`` or ``"cuda"``."""
@@ -205,6 +222,7 @@ def _choices() -> dict[str, Collection[str]]:
         "layout": LAYOUTS,
         "exchange": ("auto", *EXCHANGES),
         "softmax_sp": ("auto", *SOFTMAX),
+        "task": TASKS,
         "tokenizer": TOKENIZERS,
         "dtype": DTYPES,
         "device": ("auto", "cpu", "cuda"),

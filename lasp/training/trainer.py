@@ -16,10 +16,9 @@ from lasp.models import LinearLlama3
 from lasp.parallel import SequenceParallel
 from lasp.parallel.mesh import all_ranks
 from lasp.training import checkpoint
-from lasp.training.data import Windows, read_corpus
 from lasp.training.gradients import Gradients
-from lasp.training.loss import sum_of_cross_entropies
-from lasp.training.metrics import Metrics, Row
+from lasp.training.loss import right_answers, sum_of_cross_entropies
+from lasp.training.metrics import LOAD, Metrics, Row
 from lasp.training.options import DTYPES, LAYOUTS, Options
 
 
@@ -49,8 +48,8 @@ class Trainer:
             )
         self.rows_here = options.batch_size // mesh["dp"].size()
         self.first_row = self.rows_here * mesh.get_local_rank("dp")
-        self.targets = options.batch_size * options.seq_len
-        self.windows = Windows(read_corpus(options.data), options.seq_len, options.batch_size, options.seed)
+        self.source = options.source()
+        self.tokens, self.targets = (options.batch_size * n for n in (options.seq_len, self.source.targets))
 
         torch.manual_seed(options.seed)  # every rank draws the same weights
         self.model = LinearLlama3(options.model()).to(self.device)
@@ -68,8 +67,8 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self) -> Tensor:
-        """Train on the next step's windows. Returns its figures (`Row.of`), on the device, alike on all ranks."""
+    def step(self) -> dict[str, Tensor]:
+        """Train on the next step's sequences. Returns its figures (`Row.of`), on the device, alike on all ranks."""
         inputs, targets = self.batch(self.done)
         with torch.autocast(self.device.type, DTYPES[self.options.dtype], enabled=self.options.dtype != "float32"):
             features = self.model.features(inputs, sp=self.sp)
@@ -86,17 +85,21 @@ class Trainer:
         self.optimizer.step()
         self.done += 1
 
-        shares = loss.detach().view(1)
+        shares = {"loss": loss.detach()}
+        if self.options.task == "mqar":
+            shares["accuracy"] = right_answers(self.model, features, targets) / self.targets
         if balanced is not None:
-            shares = torch.stack([loss.detach(), balanced.loss.detach(), balanced.entropy])
-        shares = shares.clone()
-        dist.all_reduce(shares, group=self.everyone)
-        figures = [shares[:1], norm.view(1), shares[1:]]
-        return torch.cat(figures if balanced is None else [*figures, balanced.load])
+            shares |= {"balance_loss": balanced.loss.detach(), "router_entropy": balanced.entropy}
+        total = torch.stack(list(shares.values()))
+        dist.all_reduce(total, group=self.everyone)
+        figures = dict(zip(shares, total, strict=True)) | {"grad_norm": norm}
+        if balanced is not None:
+            figures |= {f"{LOAD}{memory}": load for memory, load in enumerate(balanced.load)}
+        return figures
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets ``[rows, T_local]`` of a step: its rows, and of those its tokens."""
-        whole = self.windows.rows(step, self.first_row, self.rows_here)
+        whole = self.source.rows(step, self.first_row, self.rows_here)
         # The targets were shifted in the whole window: at the end of a rank's run the target is another rank's input.
         inputs, targets = (self.layout.shard(x, self.sp_rank).to(self.device, non_blocking=True) for x in whole)
         return inputs, targets
@@ -122,7 +125,7 @@ class Trainer:
                 f"nothing to train: the checkpoint has done {self.done} of --steps {options.steps}" if speaks else None
             )
         metrics = Metrics(options.out, self.done, options.steps) if speaks else None
-        unread: list[Tensor] = []
+        unread: list[dict[str, Tensor]] = []
         first = self.done
         began = time.perf_counter()
         while self.done < options.steps:
@@ -142,13 +145,19 @@ class Trainer:
                 began = time.perf_counter()
         return metrics.close() if metrics else None
 
-    def _rows(self, unread: list[Tensor], began: float) -> list[Row]:
+    def _rows(self, unread: list[dict[str, Tensor]], began: float) -> list[Row]:
         """Read the steps that were not read yet from the device, all at once: the only time that the host waits for it."""
-        values = torch.stack(unread).tolist()
-        speed = len(values) * self.targets / (time.perf_counter() - began)
+        values = torch.stack([torch.stack(list(figures.values())) for figures in unread]).tolist()
+        speed = len(values) * self.tokens / (time.perf_counter() - began)
         first = self.done - len(values)
         return [
-            Row.of(figures, step + 1, (step + 1) * self.targets, speed, self.learning_rate(step))
+            Row.of(
+                dict(zip(unread[0], figures, strict=True)),
+                step + 1,
+                (step + 1) * self.tokens,
+                speed,
+                self.learning_rate(step),
+            )
             for step, figures in enumerate(values, first)
         ]
 

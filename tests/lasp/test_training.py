@@ -59,7 +59,10 @@ def test_a_step_is_the_mean_of_its_targets_and_adamw(tmp_path: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = ours.learning_rate(step)
         optimizer.step()
-        assert torch.allclose(ours.step(), torch.stack([mean, norm]), rtol=1e-5)
+        figures = ours.step()
+        assert torch.allclose(
+            torch.stack([figures["loss"], figures["grad_norm"]]), torch.stack([mean, norm]), rtol=1e-5
+        )
     for mine, theirs in zip(ours.model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
@@ -79,7 +82,7 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_falls(dtype: str) -> None:
     run = trainer(options(hidden=32, steps=40, lr=1e-2, dtype=dtype))
-    losses = [run.step()[0].item() for _ in range(40)]
+    losses = [run.step()["loss"].item() for _ in range(40)]
     assert losses[0] == pytest.approx(5.55, abs=0.1)  # log 256: nothing is known
     assert losses[-1] < 3.5
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
@@ -236,7 +239,7 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(tmp_path: Path, monkeypat
 def test_a_rank_takes_its_tokens_of_the_whole_windows() -> None:
     """Targets are shifted before they are dealt out: at the end of a run the target is another rank's input."""
     run = trainer(options())
-    inputs, targets = run.windows.rows(0, 0, 4)
+    inputs, targets = run.source.rows(0, 0, 4)
     run.layout = SequenceLayout.zigzag(33, 2)
     for rank in (0, 1):
         run.sp_rank = rank
