@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -155,6 +156,26 @@ def test_one_memory_is_the_plain_layer(recurrence: str) -> None:
     mom = layer(recurrence, num_memories=1, top_k=1, shared_memory=False)
     x = Inputs(1, torch.float64).normal(2, TOKENS, HIDDEN)
     assert_close({"y": mom(x)}, {"y": plain(mom.mixer, 0)(x)}, 1e-14)
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize(("memories", "taps"), [(2, 0), (7, 0), (7, 4)])
+def test_traffic(groups: Groups, monkeypatch: pytest.MonkeyPatch, memories: int, taps: int) -> None:
+    """One collective each way for the states of all memories, however many; and one each way for each convolution."""
+    calls = []
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "all_reduce"):
+        counted = partial(
+            lambda original, name, *args, **kw: calls.append(name) or original(*args, **kw), getattr(dist, name), name
+        )
+        monkeypatch.setattr(dist, name, counted)
+    sp = SequenceParallel(groups[4], LAYOUTS["zigzag"](TOKENS, 4, None), exchange="all-gather")
+    mom = layer("gated_delta_net", num_memories=memories, conv_size=taps)
+    x = sp.layout.shard(Inputs(1, torch.float64).normal(1, TOKENS, HIDDEN), sp.rank).requires_grad_()
+    convolutions = 3 if taps else 0
+    y = mom(x, sp=sp)
+    assert calls == ["all_gather_into_tensor"] * (1 + convolutions)
+    y.sum().backward()
+    assert sorted(calls[1 + convolutions :]) == ["all_gather_into_tensor"] + ["reduce_scatter_tensor"] * convolutions
 
 
 @pytest.mark.mpi(min_size=4)
