@@ -149,6 +149,20 @@ def all_gathers(calls: int) -> Iterator[None]:
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("case", ["two of four", "all to one", "one memory"])
 def test_equals_memories_kept_one_by_one(groups: Groups, op: str, name: str, documents: str, case: str) -> None:
+    check(groups, op, name, documents, case, WORLDS)
+
+
+@pytest.mark.parametrize("op", ["gla", "gated_delta_rule", "kda"])
+def test_triton(groups: Groups, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Triton's kernels, in the interpreter, on every rank, with memories that nothing chose."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("lasp.kernels.triton.serves", lambda x: x.dtype != torch.float64)
+    check(groups, op, "table", "packed", "two of four", [4], torch.float32)
+
+
+def check(
+    groups: Groups, op: str, name: str, documents: str, case: str, worlds: list[int], dtype: torch.dtype = torch.float64
+) -> None:
     cu_seqlens = DOCUMENTS[documents]
     batch = 1 if cu_seqlens else 2
     memories, count = chosen(case, batch)
@@ -157,15 +171,15 @@ def test_equals_memories_kept_one_by_one(groups: Groups, op: str, name: str, doc
     want = memories_one_by_one(leaves, memories, count, cu_seqlens or ())
     do = Inputs(9, torch.float64).normal(*want.shape)
     gradients = dict(zip(leaves, torch.autograd.grad(want, list(leaves.values()), do), strict=True))
-    for world in WORLDS:
+    for world in worlds:
         sp = SequenceParallel(groups[world], LAYOUTS[name](TOKENS, world, cu_seqlens), exchange="all-gather")
         local = {
-            key: (x.clone() if x.dim() == 1 else sp.layout.shard(x, sp.rank)).requires_grad_()
+            key: (x.clone() if x.dim() == 1 else sp.layout.shard(x, sp.rank)).to(dtype).requires_grad_()
             for key, x in whole.items()
         }
         with poisoned_memory(), all_gathers(0 if world == 1 else 2):
             o = routed_output(local, sp.layout.shard(memories, sp.rank), count, sp)
-            o.backward(sp.layout.shard(do, sp.rank))
+            o.backward(sp.layout.shard(do, sp.rank).to(dtype))
         given, wanted = {"o": o}, {"o": sp.layout.shard(want, sp.rank)}
         for key, x in local.items():
             assert x.grad is not None
@@ -174,7 +188,7 @@ def test_equals_memories_kept_one_by_one(groups: Groups, op: str, name: str, doc
                 given[key], wanted[key] = x.grad, gradients[key]
             else:
                 given[key], wanted[key] = x.grad, sp.layout.shard(gradients[key], sp.rank)
-        assert_close(given, wanted, 1e-10)
+        assert_close(given, wanted, 1e-10 if dtype == torch.float64 else 1e-4)
 
 
 def convolved_one_by_one(
