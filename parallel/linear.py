@@ -65,7 +65,7 @@ def start_linear(
         tokens: this rank's keys, values and gates.
         initial_state: ``[B, N, H, K, V]``, the state before each document, the same on every rank; zero when None.
         sp: the ranks and the layout.
-        routed: how the tokens are routed to memories, if they are; there are no states before and after then.
+        routed: how the tokens are routed to memories, if they are; states are then ``[1, B · M, H, K, V]``.
 
     Raises:
         NotImplementedError: for routed tokens under ``torch.compile``.

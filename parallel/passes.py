@@ -135,7 +135,9 @@ def forward(
     o = recurrence.output(q, tokens, entering, plan.segments, scale)
     if not final_state:
         return o, None, entering, run_entry
-    assert isinstance(plan, Plan), "memories have no final states"
+    if isinstance(plan, RoutedPlan):
+        # A chain is all of a memory: what leaves it depends on nothing that enters.
+        return o, plan.forward.leaving(started.maps, started.travelling.seeds).B, entering, run_entry
     at = plan.tables(q.device)
     leaving = started.maps.select(at.closing).apply(entering.index_select(1, at.closing))
     # A document's final state is known where the document ends; elsewhere it is zero.
@@ -189,8 +191,9 @@ def backward(
 
     leaving, _ = states.arrive()
     dinitial = None
-    if initial_state is not None:
-        assert isinstance(plan, Plan), "memories have no initial states"
+    if initial_state is not None and isinstance(plan, RoutedPlan):
+        dinitial = plan.backward.leaving(maps, dfinal).B.to(initial_state.dtype)
+    elif initial_state is not None and isinstance(plan, Plan):
         at = plan.tables(q.device)
         opening = maps.select(at.opening).apply(leaving.index_select(1, at.opening))
         dinitial = torch.zeros_like(initial_state)

@@ -45,6 +45,11 @@ class Routed:
         return cls(sp, chosen.shape[0], memories, dispatch, tuple(dispatch.counts.tolist()))
 
     @property
+    def whole(self) -> bool:
+        """Whether every row is one document of this rank's: then its memories may start from states, and have final ones."""
+        return self.sp.world_size == 1 and self.sp.num_documents == 1
+
+    @property
     def tokens(self) -> int:
         """How many there are, a choice each."""
         return self.dispatch.token.shape[0]
@@ -131,9 +136,9 @@ class RoutedPlan:
             lengths += [min(segment_size, tokens - start) for start in range(0, tokens, segment_size)]
             own = tuple(range(first, len(lengths)))
             run = (row * runs + piece.run) * memories + memory
-            # A seed's state is zero: there are no initial states.
-            forward.append(Chain(own, run, 0 if piece.opens else None))
-            backward.append(Chain(own[::-1], run, 0 if piece.closes else None))
+            seed = (row * sp.num_documents + piece.document) * memories + memory
+            forward.append(Chain(own, run, seed if piece.opens else None))
+            backward.append(Chain(own[::-1], run, seed if piece.closes else None))
         self.segments = Segments(lengths, segment_size)
         self.forward = Course(forward, batch * runs * memories, range(len(lengths)))
         self.backward = Course(backward[::-1], batch * runs * memories, range(len(lengths)))

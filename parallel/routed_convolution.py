@@ -16,7 +16,12 @@ from lasp.parallel.routed import Routed
 
 
 def routed_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, routed: Routed
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    routed: Routed,
+    tails: Tensor | None = None,
 ) -> Tensor:
     """`lasp.ops.causal_conv1d` of each memory's tokens by themselves: those before a token are those that chose its memory.
 
@@ -28,6 +33,7 @@ def routed_convolution(
         bias: ``[D]``, or None.
         activation: ``"silu"`` or None.
         routed: how the tokens were routed.
+        tails: what is before each group ``[G, W − 1, D]``, where that is not other ranks' (`tails_of`).
     """
     reach = weight.shape[1] - 1
     here, counts = x.squeeze(0), routed.dispatch.counts
@@ -37,13 +43,35 @@ def routed_convolution(
     place = torch.arange(N, device=x.device)
     offset = place - (counts.cumsum(0) - counts)[group]
     # After the tokens themselves come those before each group, the nearest last.
-    rows = torch.cat([here, _before(here, reach, routed).flatten(0, 1)]) if reach else here
+    rows = (
+        torch.cat([here, (_before(here, reach, routed) if tails is None else tails).flatten(0, 1)]) if reach else here
+    )
     y = here.new_zeros(here.shape, dtype=wide) if bias is None else bias.to(wide).expand(N, -1)
     for back in range(reach + 1):
         beyond = N + group * reach + reach - back + offset
         source = rows.index_select(0, torch.where(offset >= back, place - back, beyond))
         y = y + source.to(wide) * weight[:, reach - back].to(wide)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype).unsqueeze(0)
+
+
+def tails_of(x: Tensor, before: Tensor, routed: Routed) -> Tensor:
+    """The last tokens of each group and of what is before it, for what will follow: ``[G, W − 1, D]``, as `before`.
+
+    Args:
+        x: ``[1, N, D]``.
+        before: the last tokens before each group.
+        routed: how the tokens were routed.
+    """
+    counts, N, reach = routed.dispatch.counts, x.shape[1], before.shape[1]
+    back = torch.arange(reach, 0, -1, device=x.device)
+    group = torch.arange(len(counts), device=x.device)[:, None] * reach
+    place = torch.where(
+        back <= counts[:, None],
+        counts.cumsum(0)[:, None] - back,
+        N + group + reach + counts[:, None] - back,
+    )
+    rows = torch.cat([x.squeeze(0), before.flatten(0, 1)])
+    return rows.index_select(0, place.flatten()).view_as(before)
 
 
 def _before(x: Tensor, reach: int, routed: Routed) -> Tensor:

@@ -197,7 +197,7 @@ class LinearMixer(nn.Module):
         memory = like.new_zeros(batch, self.heads, self.features_width, self.value_width, dtype=dtype)
         convs = [conv for conv in (self.k_conv, self.v_conv, self.q_conv) if conv is not None]
         tails = tuple(like.new_zeros(batch, conv.weight.shape[1] - 1, conv.weight.shape[0]) for conv in convs)
-        return MixerState(memory, tails, like.new_zeros((), dtype=torch.int64))
+        return MixerState(memory, tails, like.new_zeros(batch, dtype=torch.int64))
 
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """Mix the tokens that follow on those that made the state: for decoding, one or more at a time, on one device.

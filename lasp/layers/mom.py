@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lasp.layers.convolution import ShortConvolution
 from lasp.layers.linear import mixer_type
-from lasp.layers.passage import Passage
+from lasp.layers.passage import MixerState, Passage
 from lasp.layers.rotary import rotate
 from lasp.layers.router import Router, Routing
 from lasp.ops.inputs import CuSeqlens, sequence_of
 from lasp.parallel import SequenceParallel
 from lasp.parallel.routed import Routed
-from lasp.parallel.routed_convolution import routed_convolution
+from lasp.parallel.routed_convolution import routed_convolution, tails_of
 
 
 class PerMemory(nn.ModuleList):
@@ -62,12 +62,17 @@ class RoutedPassage(Passage):
     def convolved(self, x: Tensor, conv: ShortConvolution | None) -> Tensor:
         if conv is None:
             return x
-        return routed_convolution(x, conv.weight, conv.bias, conv.activation, self._routed)
+        tails = None
+        if self.before is not None:
+            tails = self.before.tails[len(self.tails)].to(x.dtype).flatten(0, 1)
+            self.tails.append(tails_of(x, tails, self._routed))
+        return routed_convolution(x, conv.weight, conv.bias, conv.activation, self._routed, tails)
 
     def rotated(self, x: Tensor, theta: float) -> Tensor:
-        positions = self.sp.layout.document_positions(self.sp.rank).to(x.device)
-        token = self._routed.dispatch.token
-        return rotate(x, self.sp, theta, positions.repeat(self._routed.batch).index_select(0, token))
+        positions = self.sp.layout.document_positions(self.sp.rank).to(x.device).expand(self._routed.batch, -1)
+        if self.before is not None:
+            positions = positions + self.before.position[:, None]
+        return rotate(x, self.sp, theta, positions.flatten().index_select(0, self._routed.dispatch.token))
 
     def collected(self, o: Tensor) -> Tensor:
         assert self.weights is not None
@@ -123,7 +128,7 @@ class MixtureOfMemories(nn.Module):
         self.mixer = mixer_type(recurrence)(hidden, heads, **options)
         if not single_kv_proj:
             for name in self.mixer.writers:
-                setattr(self.mixer, name, PerMemory(getattr(self.mixer, name), num_memories + shared_memory))
+                setattr(self.mixer, name, PerMemory(getattr(self.mixer, name), self.memories))
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """Mix the tokens.
@@ -133,11 +138,40 @@ class MixtureOfMemories(nn.Module):
             sp: the ranks that share the sequence, and its documents.
             cu_seqlens: the boundaries of packed documents, where there is no `sp`.
         """
-        seq = sequence_of(x, cu_seqlens, sp)
+        return self.mixer.mix(x, self._passage(x, sequence_of(x, cu_seqlens, sp)))[0]
+
+    def initial_state(self, batch: int) -> MixerState:
+        """The memories before any token, for `step`.
+
+        Args:
+            batch: how many sequences are decoded at once.
+        """
+        one = self.mixer.initial_state(batch)
+        memory, *tails = (
+            x.unsqueeze(1).expand(-1, self.memories, *x.shape[1:]).contiguous() for x in (one.memory, *one.tails)
+        )
+        return MixerState(memory, tuple(tails), one.position)
+
+    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """Mix the tokens that follow on those that made the state: see `LinearMixer.step`."""
+        if state.memory.shape[0] != x.shape[0]:
+            raise ValueError(f"step: x holds {x.shape[0]} sequences and the state {state.memory.shape[0]}")
+        passage = self._passage(x, sequence_of(x, None, None))
+        passage.before = replace(state, memory=state.memory.flatten(0, 1))
+        y, memory = self.mixer.mix(x, passage)
+        assert memory is not None
+        tails = tuple(new.view_as(old) for new, old in zip(passage.tails, state.tails, strict=True))
+        return y, MixerState(memory.view_as(state.memory), tails, state.position + x.shape[1])
+
+    @property
+    def memories(self) -> int:
+        """How many there are, with the shared one."""
+        return self.num_memories + self.shared_memory
+
+    def _passage(self, x: Tensor, seq: SequenceParallel) -> RoutedPassage:
         self.routing = self.router(x)
         memories, weights = self._chosen(self.routing)
-        routed = Routed.of(memories, self.num_memories + self.shared_memory, seq)
-        return self.mixer.mix(x, RoutedPassage(seq, routed=routed, weights=weights.flatten(0, 1)))[0]
+        return RoutedPassage(seq, routed=Routed.of(memories, self.memories, seq), weights=weights.flatten(0, 1))
 
     def _chosen(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """The memories and their weights, the shared one's too, which stands after all others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +21,24 @@ class MixerState:
     Attributes:
         memory: the recurrent state ``[B, H, K, V]``, float32 (float64 for float64 layers).
         tails: of each short convolution, in the order in which the layer comes to them, the last inputs ``[B, size - 1, D]``.
-        position: how many tokens there were, an integer ``[]``, on the layer's device.
+        position: how many tokens there were, integers ``[B]``, on the layer's device.
+
+    Where there are M memories, memory and tails have an axis for them after B.
     """
 
     memory: Tensor
     tails: tuple[Tensor, ...]
     position: Tensor
+
+    @staticmethod
+    def joined(states: Sequence[MixerState]) -> MixerState:
+        """The states of several batches as one batch: of prompts of different lengths, to be continued side by side."""
+        tails = zip(*(state.tails for state in states), strict=True)
+        return MixerState(
+            torch.cat([state.memory for state in states]),
+            tuple(torch.cat(tail) for tail in tails),
+            torch.cat([state.position for state in states]),
+        )
 
 
 @dataclass
@@ -79,4 +92,4 @@ class Passage:
         """x ``[B, T, H, D]``, its pairs rotated by the tokens' positions."""
         if self.before is None:
             return rotate(x, self.sp, theta)
-        return rotate(x, self.sp, theta, self.before.position + torch.arange(x.shape[1], device=x.device))
+        return rotate(x, self.sp, theta, self.before.position[:, None] + torch.arange(x.shape[1], device=x.device))

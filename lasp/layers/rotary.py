@@ -21,7 +21,7 @@ def rotate(x: Tensor, sp: SequenceParallel, theta: float, positions: Tensor | No
         x: ``[B, T, H, D]``, this rank's tokens.
         sp: the layout that knows their positions.
         theta: the base of the angles.
-        positions: of the tokens ``[T]``, where they are not those of the layout.
+        positions: of the tokens ``[T]`` or ``[B, T]``, where they are not those of the layout.
 
     Raises:
         ValueError: where D is odd.
@@ -41,10 +41,10 @@ def rotate(x: Tensor, sp: SequenceParallel, theta: float, positions: Tensor | No
 
 
 def _angles_at(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[T, 1, D/2]`` of positions ``[T]``."""
+    """Cosine and sine ``[.., T, 1, D/2]`` of positions ``[.., T]``."""
     # float64: at two million tokens a float32 angle would be off by a tenth of a radian.
     frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
-    angles = (positions.to(torch.float64)[:, None] * frequencies).unsqueeze(1)
+    angles = (positions.to(torch.float64).unsqueeze(-1) * frequencies).unsqueeze(-2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

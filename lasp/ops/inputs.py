@@ -132,9 +132,11 @@ def check_routed(op: str, routed: Routed, batch: int, tokens: int, initial_state
         raise ValueError(
             f"{op}: routed tokens are one row of {routed.tokens}, as routed.dispatch.send gives them, given {batch} of {tokens}"
         )
-    if initial_state is not None or not causal:
+    if not causal:
+        raise ValueError(f"{op}: routed tokens see what is before them: causal=False is not for them")
+    if initial_state is not None and not routed.whole:
         raise ValueError(
-            f"{op}: routed tokens start from empty memories and see what is before them: no initial_state, causal"
+            f"{op}: memories start from states on one rank, in rows of one document: leave out initial_state"
         )
     if routed.sp.linear != "states":
         raise ValueError(

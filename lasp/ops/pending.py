@@ -134,7 +134,9 @@ def start(
         sizes |= {
             "H": v.shape[2],
             "V": v.shape[3],
-            "N": batch if seq.num_documents == 1 else seq.num_documents,
+            "N": (batch if routed is None else routed.batch * routed.memories)
+            if seq.num_documents == 1
+            else seq.num_documents,
         }
         if not k.shape[2] or v.shape[2] % k.shape[2]:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp import SequenceParallel
-from lasp.layers import MIXERS, MixtureOfMemories, Router, balance, rotate
+from lasp.layers import MIXERS, MixerState, MixtureOfMemories, Router, balance, rotate
 from lasp.layers.mom import PerMemory
 from lasp.layers.passage import Passage
 from lasp.ops.inputs import sequence_of
@@ -202,6 +202,44 @@ def test_balance_is_that_of_all_tokens(groups: Groups) -> None:
         assert_close(
             {**named, "load": given.load}, {**wanted, "load": sum(c.mean((0, 1)) / 2 for c in chosen) / 3}, 1e-12
         )
+
+
+@pytest.mark.parametrize(
+    "pieces", [(1,) * TOKENS, (20, 1, 3, TOKENS - 24), (TOKENS,)], ids=["by token", "uneven", "whole"]
+)
+@pytest.mark.parametrize("recurrence", MIXERS)
+def test_decoding_is_the_forward(recurrence: str, pieces: tuple[int, ...]) -> None:
+    mom, x = layer(recurrence, conv_size=4), Inputs(1, torch.float64).normal(2, TOKENS, HIDDEN)
+    state, outputs = mom.initial_state(2), []
+    shapes = [state.memory.shape, *(tail.shape for tail in state.tails)]
+    for piece in x.split(pieces, dim=1):
+        y, state = mom.step(piece, state)
+        outputs.append(y)
+        assert [state.memory.shape, *(tail.shape for tail in state.tails)] == shapes
+    assert_close({"y": torch.cat(outputs, dim=1)}, {"y": mom(x)}, 1e-10)
+
+
+def test_prompts_of_different_lengths_go_on_side_by_side() -> None:
+    mom, x = layer("retention", conv_size=4), Inputs(1, torch.float64).normal(2, TOKENS, HIDDEN)
+    lengths, more = (3, 30), x[:, :5].flip(0)
+    states = [mom.step(x[row : row + 1, :length], mom.initial_state(1))[1] for row, length in enumerate(lengths)]
+    y, _ = mom.step(more, MixerState.joined(states))
+    for row, length in enumerate(lengths):
+        alone = mom(torch.cat([x[row, :length], more[row]]).unsqueeze(0))
+        assert_close({"y": y[row]}, {"y": alone[0, length:]}, 1e-10)
+
+
+def test_gradients_pass_through_decoding() -> None:
+    mom, found = layer("gated_delta_net"), []
+    for pieces in ((TOKENS,), (10, 1, TOKENS - 11)):
+        x, state = Inputs(1, torch.float64).normal(1, TOKENS, HIDDEN).requires_grad_(), mom.initial_state(1)
+        outputs = []
+        for piece in x.split(pieces, dim=1):
+            y, state = mom.step(piece, state)
+            outputs.append(y)
+        (dx,) = torch.autograd.grad(torch.cat(outputs, dim=1).square().sum(), x)
+        found.append({"x": dx})
+    assert_close(*found, 1e-10)
 
 
 def test_of_two_alike_the_first_is_chosen() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from lasp.kernels.reference import recurrent
-from lasp.layers import HGRN2, MIXERS, DeltaNet, GateFirstRMSNorm, Mamba2, ShortConvolution, mixer_type
+from lasp.layers import HGRN2, MIXERS, DeltaNet, GateFirstRMSNorm, Mamba2, MixerState, ShortConvolution, mixer_type
 from lasp.layers.mamba import decay_parameters
 from lasp.layers.mixer import LinearMixer
 from lasp.models import LinearLlama3, LinearLlama3Config
@@ -152,8 +152,21 @@ def test_decoding_is_the_forward(name: str, conv_size: int | None, pieces: tuple
         outputs.append(y)
         assert [state.memory.shape, *(tail.shape for tail in state.tails)] == shapes
         assert all(tail.untyped_storage().nbytes() == tail.nbytes for tail in state.tails)
-    assert state.position == TOKENS
+    assert state.position.tolist() == [TOKENS] * 2
     assert relative_error(torch.cat(outputs, dim=1), module(x)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["retention", "kda", "mamba2"])
+def test_prompts_of_different_lengths_go_on_side_by_side(name: str) -> None:
+    module, x = mixer(name), tokens(2)
+    states = [
+        module.step(x[row : row + 1, :length], module.initial_state(1))[1] for row, length in enumerate((5, TOKENS - 3))
+    ]
+    more = x[:, :2].flip(0)
+    y, _ = module.step(more, MixerState.joined(states))
+    for row, length in enumerate((5, TOKENS - 3)):
+        alone = module(torch.cat([x[row, :length], more[row]]).unsqueeze(0))
+        assert relative_error(y[row], alone[0, length:]) < 1e-10
 
 
 @torch.no_grad()
