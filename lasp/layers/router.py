@@ -20,11 +20,13 @@ class Routing(NamedTuple):
         probabilities: of all memories ``[B, T, M]``, float32 (float64 for float64 layers).
         memories: the k that each token chose ``[B, T, k]``, int64, the likeliest first.
         weights: of the chosen, of sum 1 ``[B, T, k]``, likewise.
+        log_partition: ``log Σ_m e^{logit_m}`` ``[B, T]``, likewise.
     """
 
     probabilities: Tensor
     memories: Tensor
     weights: Tensor
+    log_partition: Tensor
 
 
 class Router(nn.Module):
@@ -55,12 +57,14 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             # Whatever else is rounded: a choice is not.
             x, weight = at_least_float32(x), at_least_float32(self.proj.weight)
-            probabilities = F.linear(x, weight).softmax(-1)
+            logits = F.linear(x, weight)
+            probabilities = logits.softmax(-1)
         # torch.topk leaves open which of two alike it takes.
         likeliest, memories = torch.sort(probabilities, dim=-1, descending=True, stable=True)
         likeliest = likeliest[..., : self.top_k]
         weights = likeliest / likeliest.sum(-1, keepdim=True)
-        return Routing(probabilities, memories[..., : self.top_k].contiguous(), weights)
+        chosen = memories[..., : self.top_k].contiguous()
+        return Routing(probabilities, chosen, weights, logits.logsumexp(-1))
 
 
 class Balance(NamedTuple):
@@ -70,11 +74,13 @@ class Balance(NamedTuple):
         loss: this rank's share of ``M Σ_m f_m P_m``, the layers' mean: 1 where all memories are chosen alike.
         load: f, the share of the choices that each memory has ``[M]``, the layers' mean, over all ranks.
         entropy: this rank's share of that of the probabilities, in nats, the mean over tokens and layers.
+        z_loss: this rank's share of the mean of ``log_partition²``, likewise: ST-MoE, https://arxiv.org/abs/2202.08906, eq. 5.
     """
 
     loss: Tensor
     load: Tensor
     entropy: Tensor
+    z_loss: Tensor
 
 
 def balance(routings: Sequence[Routing], group: dist.ProcessGroup | None) -> Balance:
@@ -99,5 +105,7 @@ def balance(routings: Sequence[Routing], group: dist.ProcessGroup | None) -> Bal
     tokens = chosen[0].sum() / top_k
     load = chosen / (tokens * top_k)
     loss = memories * (load * likely / tokens).sum() / layers
-    entropy = sum(-torch.special.xlogy(p, p).sum() for p in (routing.probabilities.detach() for routing in routings))
-    return Balance(loss, load.mean(0), entropy / tokens / layers)
+    probabilities = torch.stack([routing.probabilities.detach() for routing in routings])
+    entropy = -torch.special.xlogy(probabilities, probabilities).sum() / tokens / layers
+    z_loss = torch.stack([routing.log_partition for routing in routings]).square().sum() / tokens / layers
+    return Balance(loss, load.mean(0), entropy, z_loss)

@@ -28,6 +28,7 @@ class Row:
         accuracy: the share of the answers that are right, of tasks that have some; None for others.
         balance_loss: of the mixtures of memories, `lasp.layers.balance`; None where there are none, as the following.
         router_entropy: of their routers' probabilities, in nats.
+        router_z_loss: of their routers' logits.
         memory_load: the share of the choices that each memory has.
         dropped: choices that no memory took: none is ever dropped.
     """
@@ -41,6 +42,7 @@ class Row:
     accuracy: float | None = None
     balance_loss: float | None = None
     router_entropy: float | None = None
+    router_z_loss: float | None = None
     memory_load: list[float] | None = None
     dropped: int | None = None
 

@@ -52,6 +52,8 @@ class Options:
     """Whether a mixture has one more memory, for all tokens. The preset's if not given."""
     balance: float = 0.01
     """Weight of the loss by which a mixture's tokens choose its memories evenly."""
+    z_loss: float = 0.0
+    """Weight of the loss that keeps the logits of a mixture's routers small."""
     pattern: str | None = None
     """A letter a layer, repeated over the depth: L linear, N softmax ("normal"), as in LLLN. The preset's if not given."""
     feature_map: str | None = None
@@ -169,7 +171,14 @@ class Options:
         for name in ("seq_len", "batch_size", "steps", "log_interval", "checkpoint_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
-        for name, least in (("lr", 0.0), ("warmup", 0), ("weight_decay", 0.0), ("balance", 0.0), ("seed", 0)):
+        for name, least in (
+            ("lr", 0.0),
+            ("warmup", 0),
+            ("weight_decay", 0.0),
+            ("balance", 0.0),
+            ("z_loss", 0.0),
+            ("seed", 0),
+        ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 0")
         if not self.clip > 0:

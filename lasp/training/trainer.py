@@ -77,7 +77,10 @@ class Trainer:
         routings = self.model.routings
         balanced = balance(routings, self.everyone) if routings else None
         self.gradients.zero()
-        (loss if balanced is None else loss + self.options.balance * balanced.loss).backward()
+        whole = loss
+        if balanced is not None:
+            whole = loss + self.options.balance * balanced.loss + self.options.z_loss * balanced.z_loss
+        whole.backward()
         self.gradients.sum_over(self.everyone)
         norm = self.gradients.clip(self.options.clip)
         for group in self.optimizer.param_groups:
@@ -90,6 +93,7 @@ class Trainer:
             shares["accuracy"] = right_answers(self.model, features, targets) / self.targets
         if balanced is not None:
             shares |= {"balance_loss": balanced.loss.detach(), "router_entropy": balanced.entropy}
+            shares["router_z_loss"] = balanced.z_loss.detach()
         total = torch.stack(list(shares.values()))
         dist.all_reduce(total, group=self.everyone)
         figures = dict(zip(shares, total, strict=True)) | {"grad_norm": norm}

@@ -189,16 +189,17 @@ def test_balance_is_that_of_all_tokens(groups: Groups) -> None:
     pairs = list(zip(chosen, probabilities, strict=True))
     loss = sum(4 * (c.mean((0, 1)) / 2 * p.mean((0, 1))).sum() for c, p in pairs) / 3
     entropy = sum(-(p * p.log()).sum(-1).mean() for p in probabilities) / 3
-    want = torch.autograd.grad(loss, [router.proj.weight for router in routers])
+    z_loss = sum(router.proj(x).exp().sum(-1).log().square().mean() for router in routers) / 3
+    want = torch.autograd.grad(loss + z_loss, [router.proj.weight for router in routers])
     for world in WORLDS:
         sp = SequenceParallel(groups[world], LAYOUTS["table"](TOKENS, world, None))
         given = balance([router(sp.layout.shard(x, sp.rank)) for router in routers], groups[world])
-        grads = torch.autograd.grad(given.loss, [router.proj.weight for router in routers])
-        totals = [given.loss.detach(), given.entropy, *grads]
+        grads = torch.autograd.grad(given.loss + given.z_loss, [router.proj.weight for router in routers])
+        totals = [given.loss.detach(), given.entropy, given.z_loss.detach(), *grads]
         for total in totals:
             dist.all_reduce(total, group=groups[world])
-        named = dict(zip(("loss", "entropy", "0", "1", "2"), totals, strict=True))
-        wanted = dict(zip(named, (loss, entropy, *want), strict=True))
+        named = dict(zip(("loss", "entropy", "z_loss", "0", "1", "2"), totals, strict=True))
+        wanted = dict(zip(named, (loss, entropy, z_loss, *want), strict=True))
         assert_close(
             {**named, "load": given.load}, {**wanted, "load": sum(c.mean((0, 1)) / 2 for c in chosen) / 3}, 1e-12
         )
