@@ -34,8 +34,9 @@ class Scan(Exchange):
     def states(self, runs: Summary, route: Route, peers: Peers) -> Tensor:
         mine = {position: run for position, (rank, run) in enumerate(route.order) if rank == route.rank}
         own = {p: Summary(runs.A[:, run : run + 1], runs.B[:, run : run + 1]) for p, run in mine.items()}
-        # What the runs before each, as far as they are known, compose to.
+        # What the runs before each, as far as they are known, compose to; of all of them only the state.
         before: dict[int, Summary] = {}
+        found: dict[int, Tensor] = {}
         reach = 1
         while reach < len(route.order):
             through = {
@@ -55,11 +56,15 @@ class Scan(Exchange):
                     received.append((route.order[source][0], rows))
                     came[target] = runs.unpack(rows)
             peers.transfer(sent, received)
+            last = 2 * reach >= len(route.order)
             for p, further in came.items():
-                before[p] = further.compose(before[p]) if p in before else further
+                if last:
+                    found[p] = before[p].apply(further.B) if p in before else further.B
+                else:
+                    before[p] = further.compose(before[p]) if p in before else further
             reach *= 2
         entering = torch.zeros_like(runs.B)
         for p, run in mine.items():
-            if p in before:
-                entering[:, run : run + 1] = before[p].B
+            if p in found or p in before:
+                entering[:, run : run + 1] = found[p] if p in found else before[p].B
         return entering
