@@ -139,8 +139,9 @@ class Course:
     def ahead(self, maps: Summary, seeds: Tensor | None) -> Ahead:
         """`leaving`, and what makes `states` of what enters once it is there."""
         scan = _scan(maps)
-        if self.longest and hasattr(scan, "ahead"):
-            return scan.ahead(self, maps, seeds)
+        if scan is not None and self.longest:
+            ahead: Ahead = scan.ahead(self, maps, seeds)
+            return ahead
         return Ahead(self, maps, seeds, self.leaving(maps, seeds))
 
     def states(self, maps: Summary, seeds: Tensor | None, entering: Tensor | None) -> Tensor:
@@ -191,7 +192,7 @@ class Ahead:
 
 
 def _scan(maps: Summary) -> Any:
-    """The module whose kernels compose such maps: its `leaving`, `states` and, if it has it, `ahead` are those of a course."""
+    """The module whose kernels compose such maps: its `leaving`, `ahead` and `states` are those of a course."""
     if not triton.serves(maps.B):
         return None
     if maps.A.dim() < 5:

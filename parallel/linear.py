@@ -25,13 +25,11 @@ class PendingLinear:
         tokens: the tokens as they were given.
         initial_state: the states before the documents.
         started: what is under way.
-        routed: how the tokens are routed, if they are.
     """
 
     tokens: Tokens
     initial_state: Tensor | None
     started: passes.Started
-    routed: Routed | None = None
 
     def finish(self, q: Tensor, scale: float, final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """Wait for the states and compute the output.
@@ -46,7 +44,7 @@ class PendingLinear:
         """
         tokens = self.tokens
         o, final = _Linear.apply(
-            self.started, self.routed, scale, final_state, q, tokens.k, tokens.v, self.initial_state, *tokens.gates
+            self.started, scale, final_state, q, tokens.k, tokens.v, self.initial_state, *tokens.gates
         )
         return o, final
 
@@ -75,7 +73,7 @@ def start_linear(
             raise NotImplementedError("routed tokens are no part of a graph: compile what is around the layer")
         return operators.start_linear(recurrence, tokens, initial_state, sp)
     with torch.no_grad():
-        return PendingLinear(tokens, initial_state, passes.start(recurrence, tokens, initial_state, sp, routed), routed)
+        return PendingLinear(tokens, initial_state, passes.start(recurrence, tokens, initial_state, sp, routed))
 
 
 class _Linear(torch.autograd.Function):
@@ -83,7 +81,6 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         started: passes.Started,
-        routed: Routed | None,
         scale: float,
         final_state: bool,
         q: Tensor,
@@ -94,7 +91,7 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         o, final, entering, run_entry = passes.forward(started, q, scale, final_state)
         ctx.recurrence, ctx.sp, ctx.scale, ctx.final_state = started.recurrence, started.sp, scale, final_state
-        ctx.routed = routed
+        ctx.routed = started.routed
         kept = passes.keeps_states(entering.nbytes, k, v)
         ctx.save_for_backward(q, k, v, initial_state, entering if kept else None, None if kept else run_entry, *gates)
         return o, final
@@ -113,11 +110,11 @@ class _Linear(torch.autograd.Function):
             do,
             dfinal if ctx.final_state else None,
             ctx.scale,
-            any(ctx.needs_input_grad[8:]),
+            any(ctx.needs_input_grad[7:]),
             ctx.routed,
         )
         dgates = grads.gates or (None,) * len(gates)
-        return None, None, None, None, grads.q, grads.k, grads.v, grads.initial_state, *dgates
+        return None, None, None, grads.q, grads.k, grads.v, grads.initial_state, *dgates
 
 
 def sum_over_ranks(x: Tensor, sp: SequenceParallel) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -33,6 +32,7 @@ class Started:
         tokens: the tokens as the recurrence takes them.
         maps: the map over each segment.
         travelling: the states, under way.
+        routed: how the tokens are routed, if they are.
     """
 
     recurrence: Recurrence
@@ -41,6 +41,7 @@ class Started:
     tokens: Tokens
     maps: Summary
     travelling: Travelling
+    routed: Routed | None
 
 
 @dataclass
@@ -110,7 +111,7 @@ def start(
     prepared = recurrence.prepare(tokens, plan.segments)
     maps = recurrence.summary(prepared, plan.segments)
     states = Travelling.sent(sp, plan, plan.forward, maps, initial_state, Route.forward(sp.layout, sp.rank))
-    return Started(recurrence, sp, plan, prepared, maps, states)
+    return Started(recurrence, sp, plan, prepared, maps, states, routed)
 
 
 def keeps_states(size: int, k: Tensor, v: Tensor) -> bool:
@@ -135,14 +136,7 @@ def forward(
     o = recurrence.output(q, tokens, entering, plan.segments, scale)
     if not final_state:
         return o, None, entering, run_entry
-    if isinstance(plan, RoutedPlan):
-        # A chain is all of a memory: what leaves it depends on nothing that enters.
-        return o, plan.forward.leaving(started.maps, started.travelling.seeds).B, entering, run_entry
-    at = plan.tables(q.device)
-    leaving = started.maps.select(at.closing).apply(entering.index_select(1, at.closing))
-    # A document's final state is known where the document ends; elsewhere it is zero.
-    final = entering.new_zeros(q.shape[0], sp.num_documents, *tokens.state_shape)
-    final.index_copy_(1, at.closed, leaving)
+    final = plan.final_states(started.maps, started.travelling.seeds, entering)
     return o, total(final, sp), entering, run_entry
 
 
@@ -191,13 +185,8 @@ def backward(
 
     leaving, _ = states.arrive()
     dinitial = None
-    if initial_state is not None and isinstance(plan, RoutedPlan):
-        dinitial = plan.backward.leaving(maps, dfinal).B.to(initial_state.dtype)
-    elif initial_state is not None and isinstance(plan, Plan):
-        at = plan.tables(q.device)
-        opening = maps.select(at.opening).apply(leaving.index_select(1, at.opening))
-        dinitial = torch.zeros_like(initial_state)
-        dinitial.index_copy_(1, at.opened, opening.to(initial_state.dtype))
+    if initial_state is not None:
+        dinitial = plan.initial_gradient(maps, dfinal, leaving).to(initial_state.dtype)
     grads = recurrence.token_gradients(q, tokens, entering, do, leaving, segments, scale, gated, kept)
     # A gate that many tokens share has the sum of their gradients.
     dgates = tuple(dg.sum_to_size(g.shape) for dg, g in zip(grads.gates, given, strict=False))

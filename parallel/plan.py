@@ -40,7 +40,8 @@ class Plan:
         backward: how the states' gradients go through them, from the end of each run or document.
     """
 
-    def __init__(self, pieces: tuple[Piece, ...], num_runs: int, segment_size: int):
+    def __init__(self, pieces: tuple[Piece, ...], num_runs: int, segment_size: int, num_documents: int):
+        self.num_documents = num_documents
         lengths: list[int] = []
         # The segments of each piece.
         members: list[list[int]] = []
@@ -80,7 +81,7 @@ class Plan:
         """The plan of one rank, made once and kept with the layout."""
         return layout.cached(
             ("plan", rank, segment_size),
-            lambda: cls(layout.pieces(rank), len(layout.runs_of(rank)), segment_size),
+            lambda: cls(layout.pieces(rank), len(layout.runs_of(rank)), segment_size, layout.num_documents),
         )
 
     def sent(self, leaving: Summary) -> Summary:
@@ -90,6 +91,27 @@ class Plan:
     def received(self, states: Tensor) -> Tensor:
         """What the states are that came back."""
         return states
+
+    def final_states(self, maps: Summary, seeds: Tensor | None, entering: Tensor) -> Tensor:
+        """The documents' final states ``[B, N, H, K, V]``: each where its document ends, elsewhere zero.
+
+        Args:
+            maps: the map over each segment.
+            seeds: the states before the documents.
+            entering: the states that entered the segments.
+        """
+        at = self.tables(entering.device)
+        return self._of_documents(maps, entering, at.closing, at.closed)
+
+    def initial_gradient(self, maps: Summary, dfinal: Tensor | None, leaving: Tensor) -> Tensor:
+        """The gradients of the states before the documents, likewise: of the adjoint maps, from the end to the start."""
+        at = self.tables(leaving.device)
+        return self._of_documents(maps, leaving, at.opening, at.opened)
+
+    def _of_documents(self, maps: Summary, states: Tensor, segments: Tensor, documents: Tensor) -> Tensor:
+        """What those segments leave, each at its document's place."""
+        found = states.new_zeros(states.shape[0], self.num_documents, *states.shape[2:])
+        return found.index_copy_(1, documents, maps.select(segments).apply(states.index_select(1, segments)))
 
     def tables(self, device: torch.device) -> Tables:
         """The indices on `device`, copied there once."""

@@ -71,13 +71,17 @@ class Routed:
         return x.index_select(1, self._across[1]) if len(self.counts) > self.memories else x
 
     @cached_property
+    def group(self) -> Tensor:
+        """The group of each place, int64 ``[N]``."""
+        counts = self.dispatch.counts
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=self.tokens)
+
+    @cached_property
     def _across(self) -> tuple[Tensor, Tensor]:
         """The places in the order of the memories, and where each place is in it."""
-        counts, device = self.dispatch.counts, self.dispatch.token.device
-        memory = torch.arange(len(self.counts), device=device) % self.memories
-        order = torch.sort(torch.repeat_interleave(memory, counts, output_size=self.tokens), stable=True).indices
+        order = torch.sort(self.group % self.memories, stable=True).indices
         back = torch.empty_like(order)
-        back[order] = torch.arange(self.tokens, device=device)
+        back[order] = torch.arange(self.tokens, device=order.device)
         return order, back
 
     def plan(self, recurrence: Recurrence) -> RoutedPlan:
@@ -96,11 +100,14 @@ def groups(memories: Tensor, sp: SequenceParallel, count: int) -> Tensor:
         sp: the ranks and the layout.
         count: M, how many memories there are.
     """
-    pieces = sp.layout.pieces(sp.rank)
-    lengths = torch.tensor([piece.length for piece in pieces], dtype=torch.long)
-    piece = torch.arange(len(pieces)).repeat_interleave(lengths).to(memories.device)
-    row = torch.arange(memories.shape[0], device=memories.device)
-    own = row[:, None] * len(pieces) + piece
+    pieces, device = sp.layout.pieces(sp.rank), memories.device
+
+    def build() -> Tensor:
+        lengths = torch.tensor([piece.length for piece in pieces], dtype=torch.long)
+        return torch.arange(len(pieces)).repeat_interleave(lengths).to(device)
+
+    row = torch.arange(memories.shape[0], device=device)
+    own = row[:, None] * len(pieces) + sp.layout.cached(("piece of each token", sp.rank, device), build)
     return (own.unsqueeze(-1) * count + memories).flatten(0, 1)
 
 
@@ -152,3 +159,11 @@ class RoutedPlan:
     def received(self, states: Tensor) -> Tensor:
         """The inverse, of states."""
         return states.reshape(1, -1, states.shape[2] // self.memories, *states.shape[3:])
+
+    def final_states(self, maps: Summary, seeds: Tensor | None, entering: Tensor) -> Tensor:
+        """The memories' final states ``[1, B · M, H, K, V]`` (`Routed.whole`): nothing enters a chain but its seed."""
+        return self.forward.leaving(maps, seeds).B
+
+    def initial_gradient(self, maps: Summary, dfinal: Tensor | None, leaving: Tensor) -> Tensor:
+        """The gradients of the states that memories start from, likewise."""
+        return self.backward.leaving(maps, dfinal).B

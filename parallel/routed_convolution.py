@@ -34,21 +34,27 @@ def routed_convolution(
         activation: ``"silu"`` or None.
         routed: how the tokens were routed.
         tails: what is before each group ``[G, W − 1, D]``, where that is not other ranks' (`tails_of`).
+
+    Raises:
+        ValueError: where there are more taps than x's dtype counts.
     """
     reach = weight.shape[1] - 1
+    if reach > 2 / torch.finfo(x.dtype).eps:
+        raise ValueError(
+            f"routed_convolution: {x.dtype} counts to {int(2 / torch.finfo(x.dtype).eps)} taps, given {reach + 1}"
+        )
     here, counts = x.squeeze(0), routed.dispatch.counts
-    N, G = here.shape[0], counts.shape[0]
+    N = here.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
-    group = torch.repeat_interleave(torch.arange(G, device=x.device), counts, output_size=N)
     place = torch.arange(N, device=x.device)
-    offset = place - (counts.cumsum(0) - counts)[group]
+    offset = place - (counts.cumsum(0) - counts)[routed.group]
     # After the tokens themselves come those before each group, the nearest last.
     rows = (
         torch.cat([here, (_before(here, reach, routed) if tails is None else tails).flatten(0, 1)]) if reach else here
     )
     y = here.new_zeros(here.shape, dtype=wide) if bias is None else bias.to(wide).expand(N, -1)
     for back in range(reach + 1):
-        beyond = N + group * reach + reach - back + offset
+        beyond = N + routed.group * reach + reach - back + offset
         source = rows.index_select(0, torch.where(offset >= back, place - back, beyond))
         y = y + source.to(wide) * weight[:, reach - back].to(wide)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype).unsqueeze(0)

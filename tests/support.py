@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lasp import SequenceLayout
+from lasp.layers import MixerState
 
 TOKENS = 43
 #: Documents by name: one sequence, and packed ones of which one has a single token and most cross ranks.
@@ -52,6 +54,18 @@ def assert_close(given: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     errors = {name: relative_error(given[name], expected[name]) for name in expected}
     wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= tolerance}
     assert not wrong, f"relative error above {tolerance:.0e}: {wrong}"
+
+
+def decoded(layer: Any, x: Tensor, pieces: tuple[int, ...]) -> tuple[Tensor, MixerState]:
+    """What a layer's `step` makes of x piece by piece, in a memory that does not grow, and the last state."""
+    state, outputs = layer.initial_state(x.shape[0]), []
+    shapes = [state.memory.shape, *(tail.shape for tail in state.tails)]
+    for piece in x.split(pieces, dim=1):
+        y, state = layer.step(piece, state)
+        outputs.append(y)
+        assert [state.memory.shape, *(tail.shape for tail in state.tails)] == shapes
+        assert all(tail.untyped_storage().nbytes() == tail.nbytes for tail in state.tails)
+    return torch.cat(outputs, dim=1), state
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -79,6 +79,20 @@ def _meeting(rows, size, least):
     return (apart == 1) | ((apart == 0) & (size == least))
 
 
+@triton.jit
+def _add_pairs(
+    pairs, x, k, sums, G, reach, row, left, rows, columns, H,
+    K: tl.constexpr, C: tl.constexpr, SIZES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to ``pairs: [C, C]`` what x, the later tokens, have of k, the earlier ones, decayed between them: these columns."""
+    nothing = tl.zeros([C, C], dtype=tl.float32)
+    for size in tl.range(reach - 1, SIZES, num_stages=1):
+        later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
+        here = fine_product(nothing, x * later, tl.trans(k * earlier), PRECISION)
+        pairs += tl.where(_meeting(rows, size, reach - 1), here, 0.0)
+    return pairs
+
+
 @triton.jit(do_not_specialize=["T", "H"])
 def scale_keys(
     k,
@@ -112,15 +126,11 @@ def scale_keys(
         row, left = first + t * H.to(tl.int64), length - t
         reach = tl.load(reaches + row)
         pairs = tl.zeros([C, C], dtype=tl.float32)
-        nothing = tl.zeros([C, C], dtype=tl.float32)
         for block in tl.range(0, K, BK, num_stages=1):
             columns = block + tl.arange(0, BK)
             tk = load_rows(k, row, left, rows, columns, H, K).to(tl.float32)
             sums = _sums(G, row, left, rows, columns, H, K)
-            for size in tl.range(reach - 1, SIZES, num_stages=1):
-                later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
-                here = fine_product(nothing, tk * later, tl.trans(tk * earlier), PRECISION)
-                pairs += tl.where(_meeting(rows, size, reach - 1), here, 0.0)
+            pairs = _add_pairs(pairs, tk, tk, sums, G, reach, row, left, rows, columns, H, K, C, SIZES, PRECISION)
             store_rows(starts, tk * tl.exp2(sums.to(tl.float32)), row, left, rows, columns, H, K)
             store_rows(ends, tk * _to_end(sums, G, row, left, columns, H, K, C), row, left, rows, columns, H, K)
         pairs = tl.where(rows[:, None] > rows[None, :], pairs, 0.0)
@@ -158,16 +168,12 @@ def scale_queries(
         row, left = first + t * H.to(tl.int64), length - t
         reach = tl.load(reaches + row)
         pairs = tl.zeros([C, C], dtype=tl.float32)
-        nothing = tl.zeros([C, C], dtype=tl.float32)
         for block in tl.range(0, K, BK, num_stages=1):
             columns = block + tl.arange(0, BK)
             tq, tk = load_rows(q, row, left, rows, columns, H, K), load_rows(k, row, left, rows, columns, H, K)
             tq, tk = tq.to(tl.float32), tk.to(tl.float32)
             sums = _sums(G, row, left, rows, columns, H, K)
-            for size in tl.range(reach - 1, SIZES, num_stages=1):
-                later, earlier = _through_middle(sums, G, row, left, rows, columns, H, size, K)
-                here = fine_product(nothing, tq * later, tl.trans(tk * earlier), PRECISION)
-                pairs += tl.where(_meeting(rows, size, reach - 1), here, 0.0)
+            pairs = _add_pairs(pairs, tq, tk, sums, G, reach, row, left, rows, columns, H, K, C, SIZES, PRECISION)
             store_rows(starts, tq * tl.exp2(sums.to(tl.float32)), row, left, rows, columns, H, K)
         store_rows(P, tl.where(rows[:, None] >= rows[None, :], pairs, 0.0), row, left, rows, rows, H, C)
 

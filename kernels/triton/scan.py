@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.course import Ahead, Course
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton.launch import Kernel, Launch, ready
-
-if TYPE_CHECKING:
-    from lasp.kernels.course import Course
 
 
 @triton.jit
@@ -165,6 +162,11 @@ def leaving(course: Course, maps: Summary, seeds: Tensor | None) -> Summary:
     launch = _launch(_leave, course.runs, A.dim() == 4, B.shape, strides, (seeds is not None,))
     launch(A, B, B if seeds is None else seeds, out.A, out.B, at.order, at.first, at.seed, at.final)
     return out
+
+
+def ahead(course: Course, maps: Summary, seeds: Tensor | None) -> Ahead:
+    """`Course.ahead` likewise: numbers compose so fast that the states are walked again."""
+    return Ahead(course, maps, seeds, leaving(course, maps, seeds))
 
 
 def states(course: Course, maps: Summary, seeds: Tensor | None, entering: Tensor | None) -> Tensor:

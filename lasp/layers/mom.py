@@ -169,9 +169,11 @@ class MixtureOfMemories(nn.Module):
         return self.num_memories + self.shared_memory
 
     def _passage(self, x: Tensor, seq: SequenceParallel) -> RoutedPassage:
-        self.routing = self.router(x)
-        memories, weights = self._chosen(self.routing)
-        return RoutedPassage(seq, routed=Routed.of(memories, self.memories, seq), weights=weights.flatten(0, 1))
+        routing = self.router(x)
+        memories, weights = self._chosen(routing)
+        routed = Routed.of(memories, self.memories, seq)
+        self.routing = routing._replace(dropped=memories.numel() - routed.dispatch.counts.sum())
+        return RoutedPassage(seq, routed=routed, weights=weights.flatten(0, 1))
 
     def _chosen(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """The memories and their weights, the shared one's too, which stands after all others."""

@@ -21,12 +21,14 @@ class Routing(NamedTuple):
         memories: the k that each token chose ``[B, T, k]``, int64, the likeliest first.
         weights: of the chosen, of sum 1 ``[B, T, k]``, likewise.
         log_partition: ``log Σ_m e^{logit_m}`` ``[B, T]``, likewise.
+        dropped: how many choices stand in no memory, int64 ``[]``, where that was looked at.
     """
 
     probabilities: Tensor
     memories: Tensor
     weights: Tensor
     log_partition: Tensor
+    dropped: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -75,12 +77,14 @@ class Balance(NamedTuple):
         load: f, the share of the choices that each memory has ``[M]``, the layers' mean, over all ranks.
         entropy: this rank's share of that of the probabilities, in nats, the mean over tokens and layers.
         z_loss: this rank's share of the mean of ``log_partition²``, likewise: ST-MoE, https://arxiv.org/abs/2202.08906, eq. 5.
+        dropped: this rank's choices that stand in no memory, of all layers: none, unless something is wrong.
     """
 
     loss: Tensor
     load: Tensor
     entropy: Tensor
     z_loss: Tensor
+    dropped: Tensor
 
 
 def balance(routings: Sequence[Routing], group: dist.ProcessGroup | None) -> Balance:
@@ -108,4 +112,5 @@ def balance(routings: Sequence[Routing], group: dist.ProcessGroup | None) -> Bal
     probabilities = torch.stack([routing.probabilities.detach() for routing in routings])
     entropy = -torch.special.xlogy(probabilities, probabilities).sum() / tokens / layers
     z_loss = torch.stack([routing.log_partition for routing in routings]).square().sum() / tokens / layers
-    return Balance(loss, load.mean(0), entropy, z_loss)
+    dropped = likely.new_zeros(()) + sum(routing.dropped for routing in routings if routing.dropped is not None)
+    return Balance(loss, load.mean(0), entropy, z_loss, dropped.detach())

@@ -39,6 +39,7 @@ class Pending:
         padding: by how much K is.
         groups: how many heads of the values there are to one of the queries and keys.
         normalised: whether queries are made of length 1.
+        routed: how the tokens were routed, if they were.
     """
 
     op: str
@@ -49,6 +50,7 @@ class Pending:
     padding: int
     groups: int
     normalised: bool
+    routed: Routed | None = None
 
     def finish(
         self, q: Tensor, scale: float | None = None, output_final_state: bool = False
@@ -64,6 +66,10 @@ class Pending:
             if scale == 0:
                 raise ValueError(f"{self.op}: scale must not be 0, which makes all outputs 0")
             check_layer(self.op, self.sp, k.shape[2] * self.groups, states=output_final_state)
+            if output_final_state and self.routed is not None and not self.routed.whole:
+                raise ValueError(
+                    f"{self.op}: memories have final states on one rank, in rows of one document: leave out output_final_state"
+                )
 
         gradient = needs_gradient(q)
 
@@ -160,9 +166,10 @@ def start(
 
     # Looking at a decay's values holds a device up: only on the CPU is every call looked at.
     call = None
-    if routed is None and (g is None or g.device.type != "cpu"):
+    if g is None or g.device.type != "cpu":
         shapes = tuple(None if x is None else (x.shape, x.dtype) for x in (k, v, g, beta, initial_state))
-        call = (op, shapes, use_qk_l2norm_in_kernel, causal, gradient)
+        memories = None if routed is None else (routed.batch, routed.memories, routed.tokens)
+        call = (op, shapes, memories, use_qk_l2norm_in_kernel, causal, gradient)
     agree(seq, statement, check, call)
     like, widths, groups = k, (k.shape[-1], v.shape[-1]), v.shape[2] // k.shape[2]
     k = _of_the_values_heads(k, groups, use_qk_l2norm_in_kernel)
@@ -176,7 +183,7 @@ def start(
         gates = tuple(F.pad(gate, (0, pad[0])) if gate.dim() == 4 else gate for gate in gates)
         states = None if states is None else F.pad(states, (0, pad[1], 0, pad[0]))
     layer = start_layer(recurrence, Tokens(k, v, gates), states, seq, causal, routed)
-    return Pending(op, like, seq, layer, widths, pad[0], groups, use_qk_l2norm_in_kernel)
+    return Pending(op, like, seq, layer, widths, pad[0], groups, use_qk_l2norm_in_kernel, routed)
 
 
 def _of_the_values_heads(x: Tensor, groups: int, normalised: bool) -> Tensor:

@@ -39,6 +39,11 @@ def sum_of_cross_entropies(model: LinearLlama3, features: Tensor, targets: Tenso
 
 
 def right_answers(model: LinearLlama3, features: Tensor, targets: Tensor) -> Tensor:
-    """How many of this rank's targets the model finds likeliest, a float ``[]``; arguments as above."""
+    """How many of this rank's targets the model finds likeliest, a float ``[]``; arguments as above, and pieces too."""
+    tokens = max(1, LOGITS // model.config.vocabulary)
+    x, y = features.flatten(0, 1), targets.flatten()
+    right = torch.zeros((), device=x.device)
     with torch.no_grad():
-        return ((model.head(features).argmax(-1) == targets) & (targets >= 0)).sum().float()
+        for a, b in zip(x.split(tokens), y.split(tokens), strict=True):
+            right += ((model.head(a).argmax(-1) == b) & (b >= 0)).sum()
+    return right

@@ -30,7 +30,7 @@ class Row:
         router_entropy: of their routers' probabilities, in nats.
         router_z_loss: of their routers' logits.
         memory_load: the share of the choices that each memory has.
-        dropped: choices that no memory took: none is ever dropped.
+        dropped: choices that stand in no memory, of all layers: none, unless something is wrong.
     """
 
     step: int
@@ -44,7 +44,7 @@ class Row:
     router_entropy: float | None = None
     router_z_loss: float | None = None
     memory_load: list[float] | None = None
-    dropped: int | None = None
+    dropped: float | None = None
 
     @classmethod
     def of(cls, figures: dict[str, float], step: int, tokens: int, tokens_per_second: float, lr: float) -> Row:
@@ -52,7 +52,7 @@ class Row:
         load = [value for name, value in figures.items() if name.startswith(LOAD)]
         others: dict[str, Any] = {name: value for name, value in figures.items() if not name.startswith(LOAD)}
         row = cls(step=step, tokens=tokens, tokens_per_second=tokens_per_second, lr=lr, **others)
-        return replace(row, memory_load=load, dropped=0) if load else row
+        return replace(row, memory_load=load) if load else row
 
 
 class Metrics:

@@ -93,7 +93,7 @@ class Trainer:
             shares["accuracy"] = right_answers(self.model, features, targets) / self.targets
         if balanced is not None:
             shares |= {"balance_loss": balanced.loss.detach(), "router_entropy": balanced.entropy}
-            shares["router_z_loss"] = balanced.z_loss.detach()
+            shares |= {"router_z_loss": balanced.z_loss.detach(), "dropped": balanced.dropped}
         total = torch.stack(list(shares.values()))
         dist.all_reduce(total, group=self.everyone)
         figures = dict(zip(shares, total, strict=True)) | {"grad_norm": norm}

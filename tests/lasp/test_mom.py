@@ -16,7 +16,8 @@ from lasp.layers.mom import PerMemory
 from lasp.layers.passage import Passage
 from lasp.ops.inputs import sequence_of
 from lasp.ops.pending import start
-from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, poisoned_memory
+from lasp.parallel.routed import Routed
+from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, decoded, poisoned_memory
 
 Groups = dict[int, dist.ProcessGroup]
 WORLDS = [1, 2, 4]
@@ -211,13 +212,7 @@ def test_balance_is_that_of_all_tokens(groups: Groups) -> None:
 @pytest.mark.parametrize("recurrence", MIXERS)
 def test_decoding_is_the_forward(recurrence: str, pieces: tuple[int, ...]) -> None:
     mom, x = layer(recurrence, conv_size=4), Inputs(1, torch.float64).normal(2, TOKENS, HIDDEN)
-    state, outputs = mom.initial_state(2), []
-    shapes = [state.memory.shape, *(tail.shape for tail in state.tails)]
-    for piece in x.split(pieces, dim=1):
-        y, state = mom.step(piece, state)
-        outputs.append(y)
-        assert [state.memory.shape, *(tail.shape for tail in state.tails)] == shapes
-    assert_close({"y": torch.cat(outputs, dim=1)}, {"y": mom(x)}, 1e-10)
+    assert_close({"y": decoded(mom, x, pieces)[0]}, {"y": mom(x)}, 1e-10)
 
 
 def test_prompts_of_different_lengths_go_on_side_by_side() -> None:
@@ -241,6 +236,17 @@ def test_gradients_pass_through_decoding() -> None:
         (dx,) = torch.autograd.grad(torch.cat(outputs, dim=1).square().sum(), x)
         found.append({"x": dx})
     assert_close(*found, 1e-10)
+
+
+@pytest.mark.mpi(min_size=4)
+def test_no_final_states_of_memories_that_are_shared(groups: Groups) -> None:
+    sp = SequenceParallel(groups[4], LAYOUTS["zigzag"](TOKENS, 4, None))
+    routed = Routed.of(torch.zeros(1, sp.local_tokens, 1, dtype=torch.long), 1, sp)
+    x = torch.randn(1, sp.local_tokens, HEADS, 4)
+    with pytest.raises(ValueError, match="memories have final states on one rank, in rows of one document"):
+        start(x, x, sp=sp, routed=routed).finish(x, output_final_state=True)
+    with pytest.raises(ValueError, match="memories start from states on one rank, in rows of one document"):
+        start(x, x, initial_state=torch.zeros(1, HEADS, 4, 4), sp=sp, routed=routed)
 
 
 def test_of_two_alike_the_first_is_chosen() -> None:

@@ -14,7 +14,7 @@ from lasp.layers.mamba import decay_parameters
 from lasp.layers.mixer import LinearMixer
 from lasp.models import LinearLlama3, LinearLlama3Config
 from tests.references import causal_convolution
-from tests.support import Inputs, relative_error
+from tests.support import Inputs, decoded, relative_error
 
 HIDDEN, HEADS, TOKENS = 16, 4, 13
 #: Fewer heads of queries and keys than of values, and widths that differ.
@@ -145,15 +145,9 @@ def test_options_of_the_mixers() -> None:
 @pytest.mark.parametrize("name", MIXERS)
 def test_decoding_is_the_forward(name: str, conv_size: int | None, pieces: tuple[int, ...]) -> None:
     module, x = mixer(name, layer_idx=1, num_layers=4, conv_size=conv_size), tokens(2)
-    state, outputs = module.initial_state(2), []
-    shapes = [state.memory.shape, *(tail.shape for tail in state.tails)]
-    for piece in x.split(pieces, dim=1):
-        y, state = module.step(piece, state)
-        outputs.append(y)
-        assert [state.memory.shape, *(tail.shape for tail in state.tails)] == shapes
-        assert all(tail.untyped_storage().nbytes() == tail.nbytes for tail in state.tails)
+    y, state = decoded(module, x, pieces)
     assert state.position.tolist() == [TOKENS] * 2
-    assert relative_error(torch.cat(outputs, dim=1), module(x)) < 1e-10
+    assert relative_error(y, module(x)) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["retention", "kda", "mamba2"])
