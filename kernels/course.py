@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import triton
-from lasp.kernels.summary import Summary
+from lasp.kernels.summary import Summary, dense_kernels
 
 
 @dataclass(frozen=True)
@@ -193,15 +193,11 @@ class Ahead:
 
 def _scan(maps: Summary) -> Any:
     """The module whose kernels compose such maps: its `leaving`, `ahead` and `states` are those of a course."""
-    if not triton.serves(maps.B):
-        return None
-    if maps.A.dim() < 5:
-        from lasp.kernels.triton import scan
+    if maps.A.dim() == 5 or not triton.serves(maps.B):
+        return dense_kernels(maps)
+    from lasp.kernels.triton import scan
 
-        return scan
-    from lasp.kernels.triton import dense_scan
-
-    return dense_scan if maps.A.shape[-1] <= dense_scan.WIDEST else None
+    return scan
 
 
 def _state(states: Tensor | None, which: int, like: Tensor) -> Tensor | None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lasp.kernels import triton
 
 
 def act(A: Tensor, S: Tensor) -> Tensor:
@@ -63,11 +66,19 @@ class Summary:
 
     def compose(self, then: Summary) -> Summary:
         """The summary of each run here followed by the same run of `then`: ``(A₂A₁, A₂B₁ + B₂)``. Associative."""
+        kernels = dense_kernels(then)
+        if kernels is not None:
+            composed: Summary = kernels.compose(self, then)
+            return composed
         A = then.A @ self.A if self.A.dim() == 5 else then.A * self.A
         return Summary(A, act(then.A, self.B) + then.B)
 
     def apply(self, state: Tensor) -> Tensor:
         """The state that leaves each run when `state` ``[B, n, H, K, V]`` enters it."""
+        kernels = dense_kernels(self)
+        if kernels is not None:
+            leaving: Tensor = kernels.apply(self, state)
+            return leaving
         return act(self.A, state) + self.B
 
     def select(self, runs: Tensor) -> Summary:
@@ -103,6 +114,15 @@ class Summary:
     def empty(self, count: int) -> Summary:
         """Unwritten summaries of `count` runs, of the same shapes, that are packed already."""
         return self.unpack(self.B.new_empty(count, self.numbers))
+
+
+def dense_kernels(maps: Summary) -> Any:
+    """The module whose kernels compose dense maps, where it serves these."""
+    if maps.A.dim() < 5 or not triton.serves(maps.B):
+        return None
+    from lasp.kernels.triton import dense_scan
+
+    return dense_scan if maps.A.shape[-1] <= dense_scan.WIDEST else None
 
 
 def _row_size(x: Tensor) -> int:

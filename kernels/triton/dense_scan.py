@@ -27,7 +27,7 @@ WIDEST = 128
 def _matrix(x, down, right, WIDTH: tl.constexpr, K: tl.constexpr):
     """A tile of a ``[K, WIDTH]`` matrix, zero beyond it."""
     inside = (down < K)[:, None] & (right < WIDTH)[None, :]
-    return tl.load(x + down[:, None] * WIDTH + right[None, :], mask=inside, other=0.0).to(tl.float64)
+    return tl.load(x + down[:, None] * WIDTH + right[None, :], mask=inside, other=0.0)
 
 
 # Summaries may be parts of rows, which begin anywhere.
@@ -105,7 +105,10 @@ def walk_chains(
         if AHEAD:
             tl.store(before + slot * (H * K * K), S.to(tl.float32), mask=in_transition & (slot >= 0))
         more = tl.load(B + member * Bn, mask=inside, other=0.0)
-        S = tl.dot(_matrix(A + member * An, down, tl.arange(0, BK), K, K), S, out_dtype=tl.float64) + more
+        S = (
+            tl.dot(_matrix(A + member * An, down, tl.arange(0, BK), K, K).to(tl.float64), S, out_dtype=tl.float64)
+            + more
+        )
     if AHEAD:
         ending = tl.load(final + run) == chain
         at = B_out + batch * Xb + run * Xn + head * (K * V) + down[:, None] * V + right[None, :]
@@ -114,39 +117,78 @@ def walk_chains(
         tl.store(at, S.to(tl.float32), mask=in_transition & ending)
 
 
-@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=["entering"])
-def enter_slots(
-    before,
-    states,
-    entering,
-    enters,
+@triton.jit(
+    do_not_specialize=["H"],
+    do_not_specialize_on_alignment=["A", "B", "before_A", "before_B", "out_A", "out_B", "which"],
+)
+def follow(
+    A,
+    B,
+    before_A,
+    before_B,
+    out_A,
+    out_B,
+    which,
     H,
-    Eb: tl.int64,
-    En: tl.int64,
+    Ab: tl.int64,
+    An: tl.int64,
+    Bb: tl.int64,
+    Bn: tl.int64,
+    Pb: tl.int64,
+    Pn: tl.int64,
+    Qb: tl.int64,
+    Qn: tl.int64,
+    Xb: tl.int64,
+    Xn: tl.int64,
+    Yb: tl.int64,
+    Yn: tl.int64,
+    CHOSEN: tl.constexpr,
+    TRANSITION: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Adds to the states in slots what was made `before` of what enters the runs. Grid: (slots, B · H, blocks of columns)."""
-    run = tl.load(enters + tl.program_id(0))
-    if run >= 0:
+    """Each map after the one before it: ``A · before_B + B``, and with TRANSITION ``A · before_A``. Strides are those of b, n.
+
+    CHOSEN: before map i comes ``which[i]``; if that is negative nothing does, and nothing is written.
+    Grid: (maps, B · H, blocks of BC columns: those of the transition come first).
+    """
+    member = tl.program_id(0).to(tl.int64)
+    source = member
+    if CHOSEN:
+        source = tl.load(which + member)
+    if source >= 0:
         batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-        down, right = tl.arange(0, BK), tl.program_id(2) * BC + tl.arange(0, BC)
-        place = (batch * tl.num_programs(0) + tl.program_id(0)) * H + head
-        inside = (down < K)[:, None] & (right < V)[None, :]
-        at = entering + batch * Eb + run * En + head * (K * V) + down[:, None] * V + right[None, :]
-        S = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        across = tl.arange(0, BK)
-        at = before + place * (K * K) + down[:, None] * K + across[None, :]
-        step = tl.load(at, mask=(down < K)[:, None] & (across < K)[None, :], other=0.0)
-        at = states + place * (K * V) + down[:, None] * V + right[None, :]
-        # A single product, and no chain of them: three parts of tf32 will do.
-        tl.store(at, add_product(tl.load(at, mask=inside, other=0.0), step, S, "tf32x3"), mask=inside)
+        own: tl.constexpr = (K + BC - 1) // BC if TRANSITION else 0
+        down, across = tl.arange(0, BK), tl.arange(0, BK)
+        A += batch * Ab + member * An + head * (K * K)
+        if tl.program_id(2) < own:
+            right = tl.program_id(2) * BC + tl.arange(0, BC)
+            inside = (down < K)[:, None] & (right < K)[None, :]
+            place = head * (K * K) + down[:, None] * K + right[None, :]
+            S = tl.load(before_A + batch * Pb + source * Pn + place, mask=inside, other=0.0)
+            made = tl.dot(_matrix(A, down, across, K, K).to(tl.float64), S.to(tl.float64), out_dtype=tl.float64)
+            tl.store(out_A + batch * Xb + member * Xn + place, made.to(tl.float32), mask=inside)
+        else:
+            right = (tl.program_id(2) - own) * BC + tl.arange(0, BC)
+            inside = (down < K)[:, None] & (right < V)[None, :]
+            place = head * (K * V) + down[:, None] * V + right[None, :]
+            S = tl.load(before_B + batch * Qb + source * Qn + place, mask=inside, other=0.0)
+            more = tl.load(B + batch * Bb + member * Bn + place, mask=inside, other=0.0)
+            if CHOSEN:
+                # Many maps at once, and no chain of them: three parts of tf32 will do.
+                step = _matrix(A, down, across, K, K)
+                made = add_product(more, step, S.to(tl.float32), "tf32x3")
+            else:
+                made = (
+                    tl.dot(_matrix(A, down, across, K, K).to(tl.float64), S.to(tl.float64), out_dtype=tl.float64) + more
+                )
+            tl.store(out_B + batch * Yb + member * Yn + place, made.to(tl.float32), mask=inside)
 
 
 _walk = Kernel(walk_chains)
-_enter = Kernel(enter_slots)
+_follow = Kernel(follow)
 
 
 @dataclass
@@ -162,11 +204,8 @@ class DenseAhead(Ahead):
     made: Tensor
 
     def states(self, entering: Tensor | None) -> Tensor:
-        batch, slots, H, K, V = self.made.shape
         if entering is not None:
-            entering = _whole(entering)
-            launch = _entering(slots, batch, H, K, V, entering.stride()[:2])
-            launch(self.before, self.made, entering, self.course.on(entering.device).enters)
+            _followed(self.before, self.made, None, entering, None, self.made, self.course.on(entering.device).enters)
         return self.made
 
 
@@ -187,6 +226,31 @@ def leaving(course: Course, maps: Summary, seeds: Tensor | None) -> Summary:
 def states(course: Course, maps: Summary, seeds: Tensor | None, entering: Tensor | None) -> Tensor:
     """`Course.states` likewise."""
     return _walked(course, maps, seeds, entering, None, None)
+
+
+def compose(first: Summary, then: Summary) -> Summary:
+    """`Summary.compose` likewise."""
+    out = first.empty(first.count)
+    _followed(then.A, then.B, first.A, first.B, out.A, out.B, None)
+    return out
+
+
+def apply(maps: Summary, state: Tensor) -> Tensor:
+    """`Summary.apply` likewise."""
+    out = maps.B.new_empty(maps.B.shape)
+    _followed(maps.A, maps.B, None, state, None, out, None)
+    return out
+
+
+def _followed(
+    A: Tensor, B: Tensor, before_A: Tensor | None, before_B: Tensor, out_A: Tensor | None, out_B: Tensor, which: Tensor | None
+) -> None:  # fmt: skip
+    """`follow`; without `before_A` of states alone."""
+    A, B, before_B = _whole(A), _whole(B), _whole(before_B)
+    P, X = before_B if before_A is None else _whole(before_A), out_B if out_A is None else out_A
+    strides = tuple(step for x in (A, B, P, before_B, X, out_B) for step in x.stride()[:2])
+    launch = _following(B.shape, strides, which is not None, before_A is not None)
+    launch(A, B, P, before_B, X, out_B, A if which is None else which)
 
 
 def _walked(
@@ -223,9 +287,15 @@ def _walking(chains: int, shape: tuple[int, ...], strides: tuple[int, ...], give
 
 
 @lru_cache(maxsize=4096)
-def _entering(slots: int, batch: int, H: int, K: int, V: int, strides: tuple[int, ...]) -> Launch:
-    BC = min(64, padded(V))
-    return _enter.launch((slots, batch * H, -(-V // BC)), H, *strides, K=K, V=V, BK=padded(K), BC=BC, warps=8)
+def _following(shape: tuple[int, ...], strides: tuple[int, ...], chosen: bool, transition: bool) -> Launch:
+    batch, count, H, K, V = shape
+    # Few maps are cut finer, so that they fill the device.
+    BC = min(64 if count > 4 else 32, padded(V))
+    blocks = -(-V // BC) + (-(-K // BC) if transition else 0)
+    return _follow.launch(
+        (count, batch * H, blocks), H, *strides,
+        CHOSEN=chosen, TRANSITION=transition, K=K, V=V, BK=padded(K), BC=BC, warps=8,
+    )  # fmt: skip
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -216,6 +216,27 @@ def test_courses(family: str, seeded: bool, course: tuple) -> None:
     assert relative_error(from_nothing, built.states(host, wide, None)) < 1e-6
 
 
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_dense_maps_compose(count: int) -> None:
+    """Packed or not, and in the same bits whatever a program allows products of float32 to be."""
+    first, then = (random_summary("dense", count, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    packed = first.empty(count)
+    packed.A.copy_(first.A)
+    packed.B.copy_(first.B)
+    wide = Summary(first.A.double(), first.B.double()), Summary(then.A.double(), then.B.double())
+    want = wide[0].compose(wide[1])
+    first, packed, then = (Summary(x.A.to(DEVICE), x.B.to(DEVICE)) for x in (first, packed, then))
+    for before in (first, packed):
+        with poisoned_memory():
+            given = before.compose(then)
+            left = then.apply(before.B)
+        assert relative_error(given.A, want.A) < 1e-6
+        assert relative_error(given.B, want.B) < 1e-6
+        assert relative_error(given.pack(), want.pack()) < 1e-6
+        assert relative_error(left, wide[1].apply(wide[0].B)) < 1e-6
+
+
 def test_a_long_chain_of_dense_maps_loses_nothing() -> None:
     """256 transitions with eigenvalues between −1 and 1, as of keys of length 1 and beta up to 2."""
     x, n, K = Inputs(0, torch.float64), 256, 32
@@ -230,6 +251,12 @@ def test_a_long_chain_of_dense_maps_loses_nothing() -> None:
     assert relative_error(given.B, want.B) < 1e-5
     states = dense_scan.states(course, narrow, None, entering.float().to(DEVICE))
     assert relative_error(states, course.states(maps, None, entering)) < 1e-5
+    pairs = narrow
+    while pairs.count > 1:
+        first, then = (Summary(pairs.A[:, i::2], pairs.B[:, i::2]) for i in (0, 1))
+        pairs = dense_scan.compose(first, then)
+    assert relative_error(pairs.A, want.A) < 1e-5
+    assert relative_error(pairs.B, want.B) < 1e-5
     on_cpu = course.leaving(Summary(maps.A.float(), maps.B.float()), None)
     assert relative_error(on_cpu.B, want.B) < 1e-5
 
