@@ -1,12 +1,12 @@
 """What one device computes: the definition of each recurrence, its fast forms, and the algebra of their summaries."""
 
 from lasp.kernels.chunked import ChunkedDecay
-from lasp.kernels.course import Ahead, Chain, Course
+from lasp.kernels.course import Ahead, Chain, Course, Itinerary
 from lasp.kernels.delta import ChunkedDelta
 from lasp.kernels.dispatch import Dispatch
 from lasp.kernels.forms import delta_rule, elementwise_decay
 from lasp.kernels.recurrence import Recurrence, Tokens
-from lasp.kernels.segments import Segments
+from lasp.kernels.segments import Cut, Segments
 from lasp.kernels.summary import Summary, act
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "ChunkedDecay",
     "ChunkedDelta",
     "Course",
+    "Cut",
     "Dispatch",
+    "Itinerary",
     "Recurrence",
     "Segments",
     "Summary",

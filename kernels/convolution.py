@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from lasp.kernels.segments import Cut
 
 
 class Pieces:
@@ -19,9 +20,26 @@ class Pieces:
     """
 
     def __init__(self, lengths: Sequence[int], before: Sequence[int], reach: int):
-        self.lengths, self.before, self.reach = tuple(lengths), tuple(before), reach
+        self._hold(_index(lengths), _index(before), reach, sum(lengths), sum(before))
+
+    @classmethod
+    def counted(cls, lengths: Tensor, reach: int, tokens: int) -> Pieces:
+        """Pieces whose lengths only a device knows: none waits for it. `reach` rows precede each.
+
+        Args:
+            lengths: int64 ``[pieces]``; pieces may be empty.
+            reach: as above.
+            tokens: how many there are.
+        """
+        pieces = cls.__new__(cls)
+        pieces._hold(lengths, torch.full_like(lengths, reach), reach, tokens, len(lengths) * reach)
+        return pieces
+
+    def _hold(self, lengths: Tensor, before: Tensor, reach: int, tokens: int, halo: int) -> None:
+        self.reach, self.tokens = reach, tokens
         #: How many rows the halo has.
-        self.halo = sum(before)
+        self.halo = halo
+        self._lengths, self._before = lengths, before
         self._blocks: dict[tuple[int, torch.device], Tensor] = {}
         self._rows: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -29,16 +47,16 @@ class Pieces:
         """The pieces in blocks of at most `size` tokens: int32 ``[n, 5]``, made once.
 
         A row is the block's first token, its piece's start and end, where its piece's rows of the halo end, how many those are.
+        Of an empty block, the first three are the number of tokens.
         """
         key = size, device
         if key not in self._blocks:
-            rows = []
-            starts, ends = accumulate(self.lengths, initial=0), accumulate(self.before)
-            for start, length, halo_end, before in zip(starts, self.lengths, ends, self.before, strict=False):
-                rows += [
-                    (first, start, start + length, halo_end, before) for first in range(start, start + length, size)
-                ]
-            self._blocks[key] = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5).to(device)
+            cut = Cut.of(self._lengths, size, self.tokens)
+            ends, piece = self._lengths.cumsum(0), cut.piece
+            start = torch.where(cut.filled, (ends - self._lengths)[piece], self.tokens)
+            before = torch.where(cut.filled, self._before[piece], 0)
+            rows = torch.stack([cut.start, start, ends[piece], self._before.cumsum(0)[piece], before], dim=1)
+            self._blocks[key] = rows.to(torch.int32).to(device)
         return self._blocks[key]
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,16 +65,19 @@ class Pieces:
         The source of each row among a row of zeros, the halo and the tokens; and the places of the halo and of the tokens.
         """
         if device not in self._rows:
-            source: list[int] = []
-            halo: list[int] = []
-            tokens: list[int] = []
-            for length, before in zip(self.lengths, self.before, strict=True):
-                source += [0] * (self.reach - before)
-                source += range(1 + len(halo), 1 + len(halo) + before)
-                halo += range(len(source) - before, len(source))
-                source += range(1 + self.halo + len(tokens), 1 + self.halo + len(tokens) + length)
-                tokens += range(len(source) - length, len(source))
-            self._rows[device] = _index(source, device), _index(halo, device), _index(tokens, device)
+            own = self._lengths.device
+            pieces = torch.arange(len(self._lengths), device=own)
+            of_row = torch.repeat_interleave(pieces, self._before, output_size=self.halo)
+            of_token = torch.repeat_interleave(pieces, self._lengths, output_size=self.tokens)
+            # Before a row of the halo stand all tokens of earlier pieces, and zeros where a halo is shorter than the reach.
+            row, token = torch.arange(self.halo, device=own), torch.arange(self.tokens, device=own)
+            zeros = (self.reach - self._before).cumsum(0)
+            halo = row + (self._lengths.cumsum(0) - self._lengths)[of_row] + zeros[of_row]
+            tokens = token + (of_token + 1) * self.reach
+            source = token.new_zeros(self.tokens + len(pieces) * self.reach)
+            source[halo] = 1 + row
+            source[tokens] = 1 + self.halo + token
+            self._rows[device] = source.to(device), halo.to(device), tokens.to(device)
         return self._rows[device]
 
 
@@ -121,5 +142,5 @@ def _sum(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return sum if bias is None else sum + bias.to(rows.dtype)
 
 
-def _index(rows: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long).to(device)
+def _index(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class _Tables:
-    """The course on a device. P positions are the members of all chains in turn.
+class Itinerary:
+    """Chains of maps as tables on a device, int64. P positions are the members of all chains in turn.
+
+    Where only the device knows how many members there are, the tables of positions are as long as they may get.
 
     Attributes:
         order: the map at each position ``[P]``.
-        first: the first position of each chain, and P ``[chains + 1]``.
+        first: the first position of each chain, and how many there are ``[chains + 1]``.
         until: the position after the last whose state is wanted, of each chain ``[chains]``.
         seed: the seed of each chain, −1 for none ``[chains]``.
         run: the run of each chain ``[chains]``.
@@ -58,6 +61,17 @@ class _Tables:
     enters: Tensor
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """A chain as the host walks it: its members, of how many the state is wanted, and where that goes, −1 for nowhere."""
+
+    members: Sequence[int]
+    wanted: int
+    slots: Sequence[int]
+    run: int
+    seed: int | None
+
+
 class Course:
     """Chains of maps, what they compose to, and the states between them.
 
@@ -68,41 +82,65 @@ class Course:
     """
 
     def __init__(self, chains: Sequence[Chain], runs: int, slots: Sequence[int] | None = None):
-        self.runs = runs
         members = [m for chain in chains for m in chain.members]
         wanted = range(len(members)) if slots is None else slots
-        self.slots = len(wanted)
-        self.longest = max((len(chain.members) for chain in chains), default=0)
-        self._slot_of = {member: slot for slot, member in enumerate(wanted)}
-        #: Each chain as far as states are wanted, and the last one of each run.
-        self._wanted: list[tuple[Chain, tuple[int, ...]]] = []
-        self._last = {chain.run: chain for chain in chains}
+        slot_of = {member: slot for slot, member in enumerate(wanted)}
         first = [0]
         until = []
         for chain in chains:
-            far = max((i + 1 for i, m in enumerate(chain.members) if m in self._slot_of), default=0)
-            self._wanted.append((chain, chain.members[:far]))
-            until.append(first[-1] + far)
+            until.append(first[-1] + max((i + 1 for i, m in enumerate(chain.members) if m in slot_of), default=0))
             first.append(first[-1] + len(chain.members))
         final = {chain.run: c for c, chain in enumerate(chains)}
         reached = {member: chain.run for chain in chains if chain.seed is None for member in chain.members}
-        self._host = _Tables(
-            order=_index(members),
-            first=_index(first),
-            until=_index(until),
-            seed=_index([-1 if chain.seed is None else chain.seed for chain in chains]),
-            run=_index([chain.run for chain in chains]),
-            final=_index([final[run] for run in range(runs)]),
-            slot=_index([self._slot_of.get(member, -1) for member in members]),
-            enters=_index([reached.get(member, -1) for member in wanted]),
+        self._hold(
+            Itinerary(
+                order=_index(members),
+                first=_index(first),
+                until=_index(until),
+                seed=_index([-1 if chain.seed is None else chain.seed for chain in chains]),
+                run=_index([chain.run for chain in chains]),
+                final=_index([final[run] for run in range(runs)]),
+                slot=_index([slot_of.get(member, -1) for member in members]),
+                enters=_index([reached.get(member, -1) for member in wanted]),
+            )
         )
-        self._tables: dict[torch.device, _Tables] = {}
 
-    def on(self, device: torch.device) -> _Tables:
+    @classmethod
+    def along(cls, itinerary: Itinerary) -> Course:
+        """The course that tables describe, which a device has made: it is not waited for where kernels compose the maps."""
+        course = cls.__new__(cls)
+        course._hold(itinerary)
+        return course
+
+    def _hold(self, itinerary: Itinerary) -> None:
+        self.runs, self.slots = len(itinerary.final), len(itinerary.enters)
+        #: Whether there is any map.
+        self.moves = len(itinerary.order) > 0
+        self._given = itinerary
+        self._on = {itinerary.order.device: itinerary}
+
+    @cached_property
+    def _walks(self) -> list[_Walk]:
+        order, first, until, seeds, runs, slots = (
+            x.tolist()
+            for x in (getattr(self._given, name) for name in ("order", "first", "until", "seed", "run", "slot"))
+        )
+        bounds = zip(first, first[1:], until, strict=False)
+        return [
+            _Walk(order[begin:end], far - begin, slots[begin:end], run, None if seed < 0 else seed)
+            for (begin, end, far), run, seed in zip(bounds, runs, seeds, strict=True)
+        ]
+
+    @cached_property
+    def _last(self) -> list[_Walk]:
+        """The last chain of each run."""
+        return [self._walks[chain] for chain in self._given.final.tolist()]
+
+    def on(self, device: torch.device) -> Itinerary:
         """The tables on a device, copied there once."""
-        if device not in self._tables:
-            self._tables[device] = _Tables(**{name: x.to(device) for name, x in vars(self._host).items()})
-        return self._tables[device]
+        if device not in self._on:
+            self._on[device] = Itinerary(**{name: x.to(device) for name, x in vars(self._given).items()})
+        return self._on[device]
 
     def leaving(self, maps: Summary, seeds: Tensor | None) -> Summary:
         """For each run the map from the state that enters it to the state that leaves it.
@@ -112,10 +150,10 @@ class Course:
             seeds: the states that chains start from ``[B, N, H, K, V]``; zero when None.
         """
         scan = _scan(maps)
-        if scan is not None and self.longest:
+        if scan is not None and self.moves:
             return scan.leaving(self, maps, seeds)
         out = maps.empty(self.runs)
-        for run, chain in self._last.items():
+        for run, chain in enumerate(self._last):
             A, B = out.A[:, run], out.B[:, run]
             state = None if chain.seed is None else _state(seeds, chain.seed, B)
             if chain.seed is not None:
@@ -139,7 +177,7 @@ class Course:
     def ahead(self, maps: Summary, seeds: Tensor | None) -> Ahead:
         """`leaving`, and what makes `states` of what enters once it is there."""
         scan = _scan(maps)
-        if scan is not None and self.longest:
+        if scan is not None and self.moves:
             ahead: Ahead = scan.ahead(self, maps, seeds)
             return ahead
         return Ahead(self, maps, seeds, self.leaving(maps, seeds))
@@ -153,18 +191,17 @@ class Course:
             entering: what enters the runs ``[B, runs, H, K, V]``; zero when None.
         """
         scan = _scan(maps)
-        if scan is not None and self.longest:
+        if scan is not None and self.moves:
             return scan.states(self, maps, seeds, entering)
         batch, _, *state_shape = maps.B.shape
         out = maps.B.new_empty(batch, self.slots, *state_shape)
-        for chain, members in self._wanted:
+        for chain in self._walks:
             source, which = (entering, chain.run) if chain.seed is None else (seeds, chain.seed)
             state = _state(source, which, out)
-            for i, member in enumerate(members):
-                slot = self._slot_of.get(member)
-                place = None if slot is None else out[:, slot]
+            for i in range(chain.wanted):
+                place = None if chain.slots[i] < 0 else out[:, chain.slots[i]]
                 if i > 0:
-                    state = _after(maps, members[i - 1], state, place)
+                    state = _after(maps, chain.members[i - 1], state, place)
                 elif place is not None:
                     place.zero_() if state is None else place.copy_(state)
         return out

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lasp.kernels import triton
 
 
 @dataclass(frozen=True)
@@ -14,11 +17,13 @@ class Dispatch:
     """Where the choices of tokens stand once they are sorted by group. Shapes depend on nothing but how many there are.
 
     Attributes:
-        token: the token of each place, int64 ``[N]``.
-        place: the place of each token's choices, int64 ``[T, k]``; N = T · k.
+        choice: the choice at each place, counted token by token, int64 ``[N]``; N = T · k.
+        token: the token of each place, likewise.
+        place: the place of each token's choices, int64 ``[T, k]``.
         counts: how many choices each group has, int64 ``[G]``.
     """
 
+    choice: Tensor
     token: Tensor
     place: Tensor
     counts: Tensor
@@ -37,11 +42,11 @@ class Dispatch:
         place[order] = torch.arange(order.numel(), device=order.device)
         # Of where groups begin: counting would look at the largest of them.
         bounds = torch.searchsorted(along, torch.arange(count + 1, device=along.device))
-        return cls(order // max(choices, 1), place.view(tokens, choices), bounds.diff())
+        return cls(order, order // max(choices, 1), place.view(tokens, choices), bounds.diff())
 
     def send(self, x: Tensor) -> Tensor:
         """``[T, ...]`` to ``[N, ...]``: each token to the places of its choices."""
-        sent: Tensor = _Send.apply(x, self.token, self.place)
+        sent: Tensor = _Send.apply(x, self)
         return sent
 
     def collect(self, y: Tensor, weights: Tensor) -> Tensor:
@@ -50,8 +55,11 @@ class Dispatch:
         Args:
             y: what is at each place.
             weights: of each token's choices ``[T, k]``.
+
+        Returns:
+            The sums, made in float32 at least, in y's dtype.
         """
-        collected: Tensor = _Collect.apply(y, weights, self.token, self.place)
+        collected: Tensor = _Collect.apply(y, weights, self)
         return collected
 
 
@@ -59,37 +67,69 @@ class _Send(torch.autograd.Function):
     """Its gradient is gathered too, and not scattered: the same sum in the same order, whatever ran first."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.index_select(0, token)
+    def forward(ctx: Any, x: Tensor, dispatch: Dispatch) -> Tensor:
+        ctx.dispatch = dispatch
+        return x.index_select(0, dispatch.token)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors
-        return _at(dy, place).sum(1), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _form(dy).collect(dy, None, ctx.dispatch.place), None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, token, place)
-        return (_at(y, place) * _like(weights, y)).sum(1).to(y.dtype)
+    def forward(ctx: Any, y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+        ctx.dispatch = dispatch
+        ctx.save_for_backward(y, weights)
+        return _form(y).collect(y, weights, dispatch.place)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y, weights, token, place = ctx.saved_tensors
-        # Of each place: its token's choices are in the order of their places in `place`.
-        weight = torch.empty_like(weights.flatten())
-        weight[place.flatten()] = weights.flatten()
-        dy = do.index_select(0, token) * weight.view(-1, *[1] * (do.dim() - 1))
-        dweights = (_at(y, place) * do.unsqueeze(1)).flatten(2).sum(-1, dtype=weights.dtype)
-        return dy.to(y.dtype), dweights, None, None
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, None]:
+        y, weights = ctx.saved_tensors
+        return *_form(y).spread(do, y, weights, ctx.dispatch.choice), None
 
 
-def _at(y: Tensor, place: Tensor) -> Tensor:
-    """``[N, ...]`` to ``[T, k, ...]``."""
-    return y.index_select(0, place.flatten()).view(*place.shape, *y.shape[1:])
+def collect(y: Tensor, weights: Tensor | None, place: Tensor) -> Tensor:
+    """The sums over a token's places, weighted if there are weights, in float32 at least.
+
+    Args:
+        y: ``[N, ...]``.
+        weights: ``[T, k]``, or None for 1.
+        place: int64 ``[T, k]``.
+
+    Returns:
+        ``[T, ...]`` in y's dtype.
+    """
+    at = y.index_select(0, place.flatten()).view(*place.shape, *y.shape[1:]).to(_wide(y))
+    if weights is not None:
+        at = at * weights.view(*weights.shape, *[1] * (y.dim() - 1))
+    return at.sum(1).to(y.dtype)
 
 
-def _like(weights: Tensor, y: Tensor) -> Tensor:
-    return weights.view(*weights.shape, *[1] * (y.dim() - 1))
+def spread(do: Tensor, y: Tensor, weights: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of what is collected, and of its weights.
+
+    Args:
+        do: of the sums, ``[T, ...]``.
+        y: what was collected, ``[N, ...]``.
+        weights: ``[T, k]``.
+        choice: the choice at each place, int64 ``[N]``.
+    """
+    here = do.index_select(0, choice // max(weights.shape[1], 1)).to(_wide(y))
+    dy = here * weights.flatten().index_select(0, choice).view(-1, *[1] * (y.dim() - 1))
+    dweights = torch.empty_like(weights.flatten())
+    dweights[choice] = (here * y).flatten(1).sum(1).to(weights.dtype)
+    return dy.to(y.dtype), dweights.view_as(weights)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _form(x: Tensor) -> Any:
+    """Triton's kernels on a GPU, the functions above elsewhere."""
+    if not triton.serves(x):
+        return sys.modules[__name__]
+    from lasp.kernels.triton import dispatch
+
+    return dispatch

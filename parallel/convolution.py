@@ -47,7 +47,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, sp: Sequ
     """The output, and the halo ``[B, rows, D]``, which the backward reads again."""
     halo = Halo.of(sp.layout, sp.rank, weight.shape[1] - 1)
     rows = bring(x, halo, sp.group)
-    return _form(x, weight).forward(x, rows, weight, bias, silu, halo.pieces), rows
+    return form_of(x, weight).forward(x, rows, weight, bias, silu, halo.pieces), rows
 
 
 def backward(
@@ -55,12 +55,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of x, weight and bias; the last two are this rank's shares."""
     halo = Halo.of(sp.layout, sp.rank, weight.shape[1] - 1)
-    dx, drows, dweight, dbias = _form(x, weight).backward(dy, x, rows, weight, bias, silu, halo.pieces)
+    dx, drows, dweight, dbias = form_of(x, weight).backward(dy, x, rows, weight, bias, silu, halo.pieces)
     take_back(drows, dx, halo, sp.group)
     return dx, dweight, dbias
 
 
-def _form(x: Tensor, weight: Tensor) -> ModuleType:
+def form_of(x: Tensor, weight: Tensor) -> ModuleType:
     """Triton's kernels on a GPU, PyTorch elsewhere."""
     if triton.serves(x):
         from lasp.kernels.triton import convolution

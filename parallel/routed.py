@@ -1,20 +1,20 @@
 """Tokens that choose among memories, as segments: a memory is one more head, and what it runs over are its tokens.
 
-Mixture of Memories, https://arxiv.org/abs/2502.13685. The tokens of a rank are sorted by the row of the batch, the piece
-(`lasp.parallel.layout.Piece`), and the memory that they chose: a *group*. Memories share nothing, so their states travel as
-those of heads do, all of them in one exchange.
+Mixture of Memories, https://arxiv.org/abs/2502.13685. The tokens of a rank are sorted by the memory that they chose, the row
+of the batch, and the piece (`lasp.parallel.layout.Piece`): a *group*. Memories share nothing, so their states travel as those
+of heads do, all of them in one exchange. How many tokens chose a memory is known to the device alone, and nothing waits for
+it: shapes depend on how many tokens there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lasp.kernels import Chain, Course, Dispatch, Recurrence, Segments, Summary
+from lasp.kernels import Course, Cut, Dispatch, Itinerary, Recurrence, Segments, Summary
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
@@ -27,22 +27,19 @@ class Routed:
         batch: B, rows of the batch.
         memories: M, how many there are to choose from.
         dispatch: the choices, sorted by group.
-        counts: how many tokens each group has, on the host.
     """
 
     sp: SequenceParallel
     batch: int
     memories: int
     dispatch: Dispatch
-    counts: tuple[int, ...]
     _plans: dict[int, RoutedPlan] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, chosen: Tensor, memories: int, sp: SequenceParallel) -> Routed:
         """Sort a rank's tokens by what they chose: int64 ``[B, T_local, k]``, from 0 to M − 1."""
         count = chosen.shape[0] * len(sp.layout.pieces(sp.rank)) * memories
-        dispatch = Dispatch.of(groups(chosen, sp, memories), count)
-        return cls(sp, chosen.shape[0], memories, dispatch, tuple(dispatch.counts.tolist()))
+        return cls(sp, chosen.shape[0], memories, Dispatch.of(groups(chosen, sp), count))
 
     @property
     def whole(self) -> bool:
@@ -54,21 +51,10 @@ class Routed:
         """How many there are, a choice each."""
         return self.dispatch.token.shape[0]
 
-    @property
-    def memory_counts(self) -> tuple[int, ...]:
-        """How many tokens chose each memory, of this rank's."""
-        return tuple(sum(self.counts[memory :: self.memories]) for memory in range(self.memories))
-
-    def by_memory(self, x: Tensor) -> list[Tensor]:
-        """Routed tokens ``[1, N, ...]`` by the memory that they chose: M tensors ``[1, N_m, ...]``."""
-        if len(self.counts) > self.memories:
-            x = x.index_select(1, self._across[0])
-        return list(x.split(self.memory_counts, dim=1))
-
-    def together(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse."""
-        x = torch.cat(list(parts), dim=1)
-        return x.index_select(1, self._across[1]) if len(self.counts) > self.memories else x
+    @cached_property
+    def memory_counts(self) -> Tensor:
+        """How many of this rank's tokens chose each memory, int64 ``[M]``; they stand together, memory after memory."""
+        return self.dispatch.counts.view(self.memories, -1).sum(1)
 
     @cached_property
     def group(self) -> Tensor:
@@ -76,29 +62,20 @@ class Routed:
         counts = self.dispatch.counts
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=self.tokens)
 
-    @cached_property
-    def _across(self) -> tuple[Tensor, Tensor]:
-        """The places in the order of the memories, and where each place is in it."""
-        order = torch.sort(self.group % self.memories, stable=True).indices
-        back = torch.empty_like(order)
-        back[order] = torch.arange(self.tokens, device=order.device)
-        return order, back
-
     def plan(self, recurrence: Recurrence) -> RoutedPlan:
         """The segments for a recurrence, made once."""
         size = recurrence.segment_size
         if size not in self._plans:
-            self._plans[size] = RoutedPlan(self.sp, self.batch, self.memories, self.counts, size)
+            self._plans[size] = RoutedPlan(self, size)
         return self._plans[size]
 
 
-def groups(memories: Tensor, sp: SequenceParallel, count: int) -> Tensor:
+def groups(memories: Tensor, sp: SequenceParallel) -> Tensor:
     """The group of each choice ``[B · T, k]``, int64, which `lasp.kernels.Dispatch` sorts by.
 
     Args:
         memories: the memories that the rank's tokens chose, int64 ``[B, T, k]``.
         sp: the ranks and the layout.
-        count: M, how many memories there are.
     """
     pieces, device = sp.layout.pieces(sp.rank), memories.device
 
@@ -108,17 +85,14 @@ def groups(memories: Tensor, sp: SequenceParallel, count: int) -> Tensor:
 
     row = torch.arange(memories.shape[0], device=device)
     own = row[:, None] * len(pieces) + sp.layout.cached(("piece of each token", sp.rank, device), build)
-    return (own.unsqueeze(-1) * count + memories).flatten(0, 1)
+    return (memories * (memories.shape[0] * len(pieces)) + own.unsqueeze(-1)).flatten(0, 1)
 
 
 class RoutedPlan:
     """A rank's routed tokens as segments, none across a group's boundary: what `lasp.parallel.plan.Plan` is for a layout.
 
     Args:
-        sp: the ranks and the layout.
-        batch: B, rows of the batch.
-        memories: M.
-        counts: how many tokens each group has, ``[B · pieces · M]``.
+        routed: how the tokens are routed.
         segment_size: of how many tokens a segment is at most.
 
     Attributes:
@@ -127,28 +101,29 @@ class RoutedPlan:
         backward: how the states' gradients do.
     """
 
-    def __init__(self, sp: SequenceParallel, batch: int, memories: int, counts: Sequence[int], segment_size: int):
-        pieces, runs = sp.layout.pieces(sp.rank), len(sp.layout.runs_of(sp.rank))
-        assert len(counts) == batch * len(pieces) * memories, "a count for each group"
-        self.batch, self.memories, self.runs = batch, memories, runs
-        lengths: list[int] = []
-        forward, backward = [], []
-        for group, tokens in enumerate(counts):
-            row, piece, memory = (
-                group // memories // len(pieces),
-                pieces[group // memories % len(pieces)],
-                group % memories,
-            )
-            first = len(lengths)
-            lengths += [min(segment_size, tokens - start) for start in range(0, tokens, segment_size)]
-            own = tuple(range(first, len(lengths)))
-            run = (row * runs + piece.run) * memories + memory
-            seed = (row * sp.num_documents + piece.document) * memories + memory
-            forward.append(Chain(own, run, seed if piece.opens else None))
-            backward.append(Chain(own[::-1], run, seed if piece.closes else None))
-        self.segments = Segments(lengths, segment_size)
-        self.forward = Course(forward, batch * runs * memories, range(len(lengths)))
-        self.backward = Course(backward[::-1], batch * runs * memories, range(len(lengths)))
+    def __init__(self, routed: Routed, segment_size: int):
+        counts = routed.dispatch.counts
+        self.batch, self.memories = routed.batch, routed.memories
+        self.runs = len(routed.sp.layout.runs_of(routed.sp.rank))
+        cut = Cut.of(counts, segment_size, routed.tokens)
+        self.segments = Segments.at(
+            torch.cat([cut.start, counts.new_full((1,), routed.tokens)]), segment_size, routed.tokens
+        )
+        chains = _Chains.of(routed.sp, routed.batch, routed.memories, counts.device)
+        segment = torch.arange(cut.count, device=counts.device)
+        # From the last segment to the first; empty ones stand after all others here too.
+        back, first_back = (cut.first[-1] - 1 - segment).clamp(min=0), cut.first[-1] - cut.first.flip(0)
+        self.forward = _course(
+            segment, cut.first, chains.opens, chains.run, chains.final, chains.entered(chains.opens, cut)
+        )
+        self.backward = _course(
+            back,
+            first_back,
+            chains.closes.flip(0),
+            chains.run.flip(0),
+            chains.final_back,
+            chains.entered(chains.closes, cut),
+        )
 
     def sent(self, leaving: Summary) -> Summary:
         """The maps of runs ``[1, B · R · M, H, ...]`` as those of M · H heads: ``[B, R, M · H, ...]``."""
@@ -167,3 +142,59 @@ class RoutedPlan:
     def initial_gradient(self, maps: Summary, dfinal: Tensor | None, leaving: Tensor) -> Tensor:
         """The gradients of the states that memories start from, likewise."""
         return self.backward.leaving(maps, dfinal).B
+
+
+@dataclass(frozen=True)
+class _Chains:
+    """What is known of groups before tokens choose, int64. Runs count rows, then runs, then memories; seeds likewise.
+
+    Attributes:
+        run: the run of each group ``[G]``.
+        opens: the seed of each group in which its document begins, else −1 ``[G]``.
+        closes: likewise where it ends.
+        final: the last group of each run ``[runs]``.
+        final_back: the first, counted from the last group.
+    """
+
+    run: Tensor
+    opens: Tensor
+    closes: Tensor
+    final: Tensor
+    final_back: Tensor
+
+    @classmethod
+    def of(cls, sp: SequenceParallel, batch: int, memories: int, device: torch.device) -> _Chains:
+        """Made once for a layout."""
+        return sp.layout.cached(
+            ("routed chains", sp.rank, batch, memories, device), lambda: cls._make(sp, batch, memories, device)
+        )
+
+    @classmethod
+    def _make(cls, sp: SequenceParallel, batch: int, memories: int, device: torch.device) -> _Chains:
+        pieces, runs = sp.layout.pieces(sp.rank), len(sp.layout.runs_of(sp.rank))
+        run: list[int] = []
+        opens, closes = [], []
+        final: dict[int, int] = {}
+        first: dict[int, int] = {}
+        for memory in range(memories):
+            for row in range(batch):
+                for piece in pieces:
+                    own = (row * runs + piece.run) * memories + memory
+                    seed = (row * sp.num_documents + piece.document) * memories + memory
+                    final[own] = len(run)
+                    first.setdefault(own, len(run))
+                    run.append(own)
+                    opens.append(seed if piece.opens else -1)
+                    closes.append(seed if piece.closes else -1)
+        count = batch * runs * memories
+        last = [final[own] for own in range(count)], [len(run) - 1 - first[own] for own in range(count)]
+        return cls(*(torch.tensor(x, dtype=torch.long).to(device) for x in (run, opens, closes, *last)))
+
+    def entered(self, seeds: Tensor, cut: Cut) -> Tensor:
+        """The run of which what enters reaches each segment, −1 where it comes from a seed ``[segments]``."""
+        return torch.where(cut.filled & (seeds[cut.piece] < 0), self.run[cut.piece], -1)
+
+
+def _course(order: Tensor, first: Tensor, seed: Tensor, run: Tensor, final: Tensor, enters: Tensor) -> Course:
+    """The state is wanted before every segment, in its own slot."""
+    return Course.along(Itinerary(order, first, first[1:].clone(), seed, run, final, order, enters))

@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from lasp.kernels.convolution import Pieces
 from lasp.parallel.collectives import all_gather_rows, reduce_scatter_rows
+from lasp.parallel.convolution import form_of
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.routed import Routed
 
@@ -43,21 +46,28 @@ def routed_convolution(
         raise ValueError(
             f"routed_convolution: {x.dtype} counts to {int(2 / torch.finfo(x.dtype).eps)} taps, given {reach + 1}"
         )
-    here, counts = x.squeeze(0), routed.dispatch.counts
-    N = here.shape[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    place = torch.arange(N, device=x.device)
-    offset = place - (counts.cumsum(0) - counts)[routed.group]
-    # After the tokens themselves come those before each group, the nearest last.
-    rows = (
-        torch.cat([here, (_before(here, reach, routed) if tails is None else tails).flatten(0, 1)]) if reach else here
-    )
-    y = here.new_zeros(here.shape, dtype=wide) if bias is None else bias.to(wide).expand(N, -1)
-    for back in range(reach + 1):
-        beyond = N + routed.group * reach + reach - back + offset
-        source = rows.index_select(0, torch.where(offset >= back, place - back, beyond))
-        y = y + source.to(wide) * weight[:, reach - back].to(wide)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype).unsqueeze(0)
+    counts, D = routed.dispatch.counts, x.shape[2]
+    halo = _before(x.squeeze(0), reach, routed) if tails is None else tails
+    pieces = Pieces.counted(counts, reach, x.shape[1])
+    y: Tensor = _Convolution.apply(x, halo.reshape(1, -1, D), weight, bias, activation == "silu", pieces)
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, halo: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, pieces: Pieces
+    ) -> Tensor:
+        ctx.silu, ctx.pieces = silu, pieces
+        ctx.save_for_backward(x, halo, weight, bias)
+        y: Tensor = form_of(x, weight).forward(x, halo, weight, bias, silu, pieces)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, halo, weight, bias = ctx.saved_tensors
+        return *form_of(x, weight).backward(dy, x, halo, weight, bias, ctx.silu, ctx.pieces), None, None
 
 
 def tails_of(x: Tensor, before: Tensor, routed: Routed) -> Tensor:
@@ -84,37 +94,34 @@ def _before(x: Tensor, reach: int, routed: Routed) -> Tensor:
     """The last tokens before each group that chose the same memory in the same document: ``[G, reach, D]``, else zero."""
     sp, M, B = routed.sp, routed.memories, routed.batch
     pieces, D = sp.layout.pieces(sp.rank), x.shape[1]
-    before = x.new_zeros(B, len(pieces), M, reach, D)
-    order = _Order.of(sp.layout, sp.rank)
-    if order.alone:
+    before = x.new_zeros(M, B, len(pieces), reach, D)
+    order = _Order.of(sp.layout, sp.rank, x.device)
+    if order.alone or not reach:
         return before.flatten(0, 2)
     tails, valid = _tails(x, reach, routed)
     rows = torch.cat([tails.flatten(1), valid.to(x.dtype).flatten(1)], 1)
     # Of x also where it has no tokens: all ranks take part in the gradients' collective.
     rows = F.pad(rows, (0, 0, 0, order.slots - rows.shape[0])) + x[:0].sum()
     rows = _Gathered.apply(rows, sp.group) if sp.world_size > 1 else rows
-    rows = rows.index_select(0, torch.tensor(order.rows, device=x.device))
+    rows = rows.index_select(0, order.rows)
     everywhere = rows[:, : B * M * reach * D].reshape(-1, B * M, reach, D)
     valid = rows[:, B * M * reach * D :].detach().round().long()
     found = _last(everywhere, valid, order, reach)
-    continuing = [p for p, piece in enumerate(pieces) if not piece.opens]
-    if not continuing:
-        # Of no use here, but the other ranks' gradients come by the same collective.
-        return before.flatten(0, 2) + found.flatten()[:0].sum()
-    run = torch.tensor([pieces[p].run for p in continuing], device=x.device)
-    halo = found.index_select(0, run).unflatten(1, (B, M)).transpose(0, 1)
-    return before.index_copy(1, torch.tensor(continuing, device=x.device), halo).flatten(0, 2)
+    # Nothing of it may be of use here, but the other ranks' gradients come by the same collective.
+    halo = found.index_select(0, order.run).unflatten(1, (M, B)).permute(1, 2, 0, 3, 4)
+    return before.index_copy(2, order.continuing, halo).flatten(0, 2)
 
 
 def _tails(x: Tensor, reach: int, routed: Routed) -> tuple[Tensor, Tensor]:
-    """Of each run the last tokens of each memory, in its last document: ``[R, B, M, reach, D]``, and how many ``[R, B, M]``."""
+    """Of each run the last tokens of each memory, in its last document: ``[R, M, B, reach, D]``, and how many ``[R, M, B]``."""
     sp, counts = routed.sp, routed.dispatch.counts
-    pieces = sp.layout.pieces(sp.rank)
-    last = {piece.run: p for p, piece in enumerate(pieces)}
-    of = torch.tensor([last[run] for run in range(len(last))], dtype=torch.long, device=x.device)
-    by_run = counts.view(routed.batch, len(pieces), routed.memories)
-    ends = counts.cumsum(0).view_as(by_run).index_select(1, of).transpose(0, 1)
-    valid = by_run.index_select(1, of).transpose(0, 1).clamp(max=reach)
+    pieces = len(sp.layout.pieces(sp.rank))
+    last = _Order.of(sp.layout, sp.rank, x.device).last
+
+    def of_runs(groups: Tensor) -> Tensor:
+        return groups.view(routed.memories, routed.batch, pieces).index_select(2, last).permute(2, 0, 1)
+
+    ends, valid = of_runs(counts.cumsum(0)), of_runs(counts).clamp(max=reach)
     back = torch.arange(reach, 0, -1, device=x.device)
     inside = back <= valid.unsqueeze(-1)
     place = torch.where(inside, ends.unsqueeze(-1) - back, 0)
@@ -127,19 +134,18 @@ def _tails(x: Tensor, reach: int, routed: Routed) -> tuple[Tensor, Tensor]:
 
 
 def _last(tails: Tensor, valid: Tensor, order: _Order, reach: int) -> Tensor:
-    """Of this rank's runs, the last of all tails before them in their first document: ``[R, B · M, reach, D]``.
+    """Of this rank's runs, the last of all tails before them in their first document: ``[R, M · B, reach, D]``.
 
     Args:
-        tails: of all runs along the sequence ``[Q, B · M, reach, D]``, the last at the end.
-        valid: how many each has ``[Q, B · M]``.
+        tails: of all runs along the sequence ``[Q, M · B, reach, D]``, the last at the end.
+        valid: how many each has ``[Q, M · B]``.
         order: where this rank's runs stand, and their documents begin.
         reach: how many are looked for.
     """
     Q, chains = valid.shape
     until = torch.cat([valid.new_zeros(1, chains), valid.cumsum(0)])
-    own, start = (torch.tensor(x, dtype=torch.long, device=valid.device) for x in (order.own, order.starts))
-    wanted = until.index_select(0, own).unsqueeze(-1) - torch.arange(reach, 0, -1, device=valid.device)
-    there = wanted >= until.index_select(0, start).unsqueeze(-1)
+    wanted = until.index_select(0, order.own).unsqueeze(-1) - torch.arange(reach, 0, -1, device=valid.device)
+    there = wanted >= until.index_select(0, order.starts).unsqueeze(-1)
     # The run that has the wanted one: the first by whose end there are more.
     column = until[1:].t().contiguous()
     targets = wanted.permute(1, 0, 2).reshape(chains, -1)
@@ -153,46 +159,53 @@ def _last(tails: Tensor, valid: Tensor, order: _Order, reach: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Order:
-    """The runs of all ranks along the sequence.
+    """The runs of all ranks along the sequence, as indices on a device, int64.
 
     Attributes:
         slots: the runs of the rank that has most.
+        alone: whether no document goes on from one run to another.
         rows: of each run, where it is when each rank gives as many rows as that.
         own: the places of this rank's runs.
         starts: the place of the run in which the document begins with which each of them begins.
-        alone: whether no document goes on from one run to another.
+        last: the last piece of each of them.
+        continuing: this rank's pieces whose documents began before them, and
+        run: the runs of those.
     """
 
     slots: int
-    rows: tuple[int, ...]
-    own: tuple[int, ...]
-    starts: tuple[int, ...]
     alone: bool
+    rows: Tensor
+    own: Tensor
+    starts: Tensor
+    last: Tensor
+    continuing: Tensor
+    run: Tensor
 
     @classmethod
-    def of(cls, layout: SequenceLayout, rank: int) -> _Order:
+    def of(cls, layout: SequenceLayout, rank: int, device: torch.device) -> _Order:
         """Made once for a layout."""
-        return layout.cached(("routed order", rank), lambda: cls._make(layout, rank))
+        return layout.cached(("routed order", rank, device), lambda: cls._make(layout, rank, device))
 
     @classmethod
-    def _make(cls, layout: SequenceLayout, rank: int) -> _Order:
-        order, slots = layout.order(), max(len(runs) for runs in layout.runs)
+    def _make(cls, layout: SequenceLayout, rank: int, device: torch.device) -> _Order:
+        order, slots, pieces = layout.order(), max(len(runs) for runs in layout.runs), layout.pieces(rank)
         ranges = [layout.runs[owner][run] for owner, run in order]
         place = {where: i for i, where in enumerate(order)}
-        own = tuple(place[rank, run] for run in range(len(layout.runs[rank])))
+        own = [place[rank, run] for run in range(len(layout.runs[rank]))]
         bounds = layout.cu_seqlens
         starts = []
         for i in own:
             begin = max(bound for bound in bounds[:-1] if bound <= ranges[i][0])
             starts.append(max(j for j, (start, _) in enumerate(ranges) if start <= begin))
+        last = {piece.run: p for p, piece in enumerate(pieces)}
+        continuing = [p for p, piece in enumerate(pieces) if not piece.opens]
+        indices = (
+            [owner * slots + run for owner, run in order], own, starts,
+            [last[run] for run in range(len(last))], continuing, [pieces[p].run for p in continuing],
+        )  # fmt: skip
         opened = set(bounds)
-        return cls(
-            slots,
-            tuple(owner * slots + run for owner, run in order),
-            own,
-            tuple(starts),
-            all(start in opened for start, _ in ranges),
-        )
+        alone = all(start in opened for start, _ in ranges)
+        return cls(slots, alone, *(torch.tensor(x, dtype=torch.long).to(device) for x in indices))
 
 
 class _Gathered(torch.autograd.Function):

@@ -211,7 +211,8 @@ def backward(
     """As `lasp.kernels.convolution.backward`, for x in bfloat16, float16 or float32."""
     dy, x, halo, weight = ready(dy), ready(x), ready(halo), ready(weight)
     bias = bias if bias is None else ready(bias)
-    dx, dhalo = torch.empty_like(x), torch.empty_like(halo)
+    # Before a piece without tokens nothing is read.
+    dx, dhalo = torch.empty_like(x), torch.zeros_like(halo)
     blocks = pieces.blocks(BLOCK, x.device)
     (B, T, D), W = x.shape, weight.shape[1]
     channels, warps = _tile(D, W)

@@ -239,11 +239,13 @@ def attend_keys(
             state, passing, a, b, c, out, x, g, g, partner, dg, first, length, block, scale, H,
             DA, DC, BA, BC, 0, 16, SHORT, ALONG, REVERSE, GATED, STAGES, PRECISION,
         )  # fmt: skip
-    elif C > 0:
-        state = _walk(
-            state, passing, a, b, c, out, x, G, between, partner, dg, first, length, block, scale, H,
-            DA, DC, BA, BC, C, ROWS, SHORT, ALONG, REVERSE, GATED, STAGES, PRECISION,
-        )  # fmt: skip
+    elif C > 0:  # noqa: SIM102, a constant beside what is not
+        # A segment without tokens has an anchor, but no rows to be read.
+        if length > 0:
+            state = _walk(
+                state, passing, a, b, c, out, x, G, between, partner, dg, first, length, block, scale, H,
+                DA, DC, BA, BC, C, ROWS, SHORT, ALONG, REVERSE, GATED, STAGES, PRECISION,
+            )  # fmt: skip
     if GATED and not REVERSE:
         tl.store(S_exit + at, state, mask=inside)
 

@@ -137,7 +137,7 @@ def backward(
         gate = ready(gate)
         dgate = torch.empty_like(gate)
     rows, width = x.numel() // weight.numel(), weight.numel()
-    tile, warps = _tile(width)
+    tile, warps = tile_of(width)
     programs = min(triton.cdiv(rows, tile["R"]), processors(x.device) * WARPS // warps)
     dweight = x.new_empty(programs, width, dtype=torch.float32)
     launch = _launch(_backward, programs, rows, width, "" if gate is None else activation, eps)
@@ -148,12 +148,12 @@ def backward(
 @lru_cache(maxsize=1024)
 def _launch(kernel: Kernel, programs: int | None, rows: int, width: int, gate: str, eps: float) -> Launch:
     """By so many programs, or by one for each tile."""
-    tile, warps = _tile(width)
+    tile, warps = tile_of(width)
     grid = (programs or triton.cdiv(rows, tile["R"]), 1, 1)
     return kernel.launch(grid, rows, eps, N=width, GATE=gate, **tile, warps=warps)
 
 
-def _tile(width: int) -> tuple[dict[str, int], int]:
+def tile_of(width: int) -> tuple[dict[str, int], int]:
     """The tile of a program, and how many warps hold it."""
     padded = triton.next_power_of_2(width)
     rows = max(1, TILE // padded)

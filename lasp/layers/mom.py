@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,29 +13,47 @@ from lasp.layers.linear import mixer_type
 from lasp.layers.passage import MixerState, Passage
 from lasp.layers.rotary import rotate
 from lasp.layers.router import Router, Routing
+from lasp.ops.grouped import grouped_linear
 from lasp.ops.inputs import CuSeqlens, sequence_of
 from lasp.parallel import SequenceParallel
 from lasp.parallel.routed import Routed
 from lasp.parallel.routed_convolution import routed_convolution, tails_of
 
 
-class PerMemory(nn.ModuleList):
-    """A projection of each memory's own.
+class PerMemory(nn.Module):
+    """A linear projection of each memory's own.
 
     Args:
-        projection: what each is like; its linear parts are drawn anew.
-        memories: how many.
+        like: what each is like.
+        memories: M.
+
+    Attributes:
+        weight: ``[M, out, in]``.
+        bias: ``[M, out]``, or None.
     """
 
-    def __init__(self, projection: nn.Module, memories: int):
-        super().__init__(deepcopy(projection) for _ in range(memories))
-        for part in self.modules():
-            if isinstance(part, nn.Linear):
-                part.reset_parameters()
+    def __init__(self, like: nn.Linear, memories: int):
+        super().__init__()
+        drawn = []
+        for _ in range(memories):
+            like.reset_parameters()
+            drawn.append([p.detach().clone() for p in like.parameters()])
+        weight, *bias = (nn.Parameter(torch.stack(each)) for each in zip(*drawn, strict=True))
+        self.weight = weight
+        self.bias = bias[0] if bias else None
+
+    @classmethod
+    def of(cls, projection: nn.Module, memories: int) -> nn.Module:
+        """The projection with all that is linear in it a memory's own."""
+        if isinstance(projection, nn.Linear):
+            return cls(projection, memories)
+        for name, part in projection.named_children():
+            setattr(projection, name, cls.of(part, memories))
+        return projection
 
     def forward(self, x: Tensor, routed: Routed) -> Tensor:
-        """``[1, N, D]`` to ``[1, N, D']``, of routed tokens: as many products as tokens chose memories, whatever there are."""
-        return routed.together([own(part) for own, part in zip(self, routed.by_memory(x), strict=True)])
+        """``[1, N, in]`` to ``[1, N, out]``, of routed tokens: work for as many products as they have choices."""
+        return grouped_linear(x.squeeze(0), self.weight, self.bias, routed.memory_counts).unsqueeze(0)
 
 
 @dataclass
@@ -53,6 +70,10 @@ class RoutedPassage(Passage):
         return self._routed.dispatch.send(x.flatten(0, 1)).unsqueeze(0)
 
     def projected(self, x: Tensor, projection: nn.Module) -> Tensor:
+        if isinstance(projection, nn.Sequential):
+            for part in projection:
+                x = self.projected(x, part)
+            return x
         y: Tensor = projection(x, self._routed) if isinstance(projection, PerMemory) else projection(x)
         return y
 
@@ -64,7 +85,7 @@ class RoutedPassage(Passage):
             return x
         tails = None
         if self.before is not None:
-            tails = self.before.tails[len(self.tails)].to(x.dtype).flatten(0, 1)
+            tails = self.before.tails[len(self.tails)].to(x.dtype).transpose(0, 1).flatten(0, 1)
             self.tails.append(tails_of(x, tails, self._routed))
         return routed_convolution(x, conv.weight, conv.bias, conv.activation, self._routed, tails)
 
@@ -128,7 +149,7 @@ class MixtureOfMemories(nn.Module):
         self.mixer = mixer_type(recurrence)(hidden, heads, **options)
         if not single_kv_proj:
             for name in self.mixer.writers:
-                setattr(self.mixer, name, PerMemory(getattr(self.mixer, name), self.memories))
+                setattr(self.mixer, name, PerMemory.of(getattr(self.mixer, name), self.memories))
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """Mix the tokens.
@@ -160,7 +181,7 @@ class MixtureOfMemories(nn.Module):
         passage.before = replace(state, memory=state.memory.flatten(0, 1))
         y, memory = self.mixer.mix(x, passage)
         assert memory is not None
-        tails = tuple(new.view_as(old) for new, old in zip(passage.tails, state.tails, strict=True))
+        tails = tuple(new.unflatten(0, (self.memories, -1)).transpose(0, 1).contiguous() for new in passage.tails)
         return y, MixerState(memory.view_as(state.memory), tails, state.position + x.shape[1])
 
     @property

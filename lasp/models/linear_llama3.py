@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.linear import mixer_type
-from lasp.layers.mom import MixtureOfMemories
+from lasp.layers.mom import MixtureOfMemories, PerMemory
 from lasp.layers.norm import RMSNorm
 from lasp.layers.router import Routing
 from lasp.layers.softmax import SoftmaxAttention
@@ -100,10 +100,10 @@ class LinearLlama3(nn.Module):
 
     def _initialise(self) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | nn.Embedding | PerMemory):
                 residual = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / ((2 * self.config.layers) ** 0.5 if residual else 1))
-            if isinstance(module, nn.Linear) and module.bias is not None:
+            if isinstance(module, nn.Linear | PerMemory) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def features(self, tokens: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:

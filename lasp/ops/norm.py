@@ -59,6 +59,11 @@ def rms_norm(
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(Σ x² + eps)`` over the last axis: vectors of length 1, as the field makes its queries and keys."""
-    width = x.shape[-1]
-    weight = x.new_full((width,), width**-0.5, dtype=torch.promote_types(x.dtype, torch.float32))
-    return rms_norm(x, None, weight, eps / width)
+    if triton.serves(x):
+        from lasp.kernels.triton import l2_norm as kernels
+        from lasp.kernels.triton.norm import WIDEST
+
+        if x.shape[-1] <= WIDEST:
+            return kernels.l2_norm(x, eps)
+    wide = at_least_float32(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

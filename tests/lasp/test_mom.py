@@ -73,10 +73,20 @@ def plain(mixer: nn.Module, memory: int) -> nn.Module:
     """The mixer with that memory's projections, which are the same parameters."""
     own = deepcopy(mixer, {id(p): p for p in mixer.parameters()})
     for name in mixer.writers:
-        projection = getattr(own, name)
-        if isinstance(projection, PerMemory):
-            setattr(own, name, projection[memory])
+        setattr(own, name, alone(getattr(own, name), memory))
     return own
+
+
+def alone(projection: nn.Module, memory: int) -> nn.Module:
+    if isinstance(projection, PerMemory):
+        one = nn.Module()
+        one.forward = lambda x: nn.functional.linear(  # type: ignore[method-assign]
+            x, projection.weight[memory], None if projection.bias is None else projection.bias[memory]
+        )
+        return one
+    for name, part in projection.named_children():
+        setattr(projection, name, alone(part, memory))
+    return projection
 
 
 def gradients(mom: nn.Module, y: Tensor, x: Tensor, dy: Tensor) -> dict[str, Tensor]:

@@ -111,11 +111,7 @@ def routed_output(tensors: dict[str, Tensor], memories: Tensor, count: int, sp: 
 
 def send_choices(x: Tensor, routed: Routed) -> Tensor:
     """What differs from choice to choice ``[B, T, k, ...]``, in the order of the routed tokens ``[1, N, ...]``."""
-    place = routed.dispatch.place.flatten()
-    flat = x.flatten(0, 2)
-    order = torch.empty_like(place)
-    order[place] = torch.arange(place.numel())
-    return flat.index_select(0, order).unsqueeze(0)
+    return x.flatten(0, 2).index_select(0, routed.dispatch.choice).unsqueeze(0)
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +153,16 @@ def test_triton(groups: Groups, monkeypatch: pytest.MonkeyPatch, op: str) -> Non
     """Triton's kernels, in the interpreter, on every rank, with memories that nothing chose."""
     pytest.importorskip("triton")
     monkeypatch.setattr("lasp.kernels.triton.serves", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr("lasp.kernels.segments._may_be_read", lambda _: False)
     check(groups, op, "table", "packed", "two of four", [4], torch.float32)
+
+
+@pytest.mark.parametrize("op", ["gla", "gated_delta_rule"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_counts_that_only_a_device_knows(groups: Groups, monkeypatch: pytest.MonkeyPatch, op: str, name: str) -> None:
+    """There are more segments than are filled."""
+    monkeypatch.setattr("lasp.kernels.segments._may_be_read", lambda _: False)
+    check(groups, op, name, "packed", "all to one", WORLDS)
 
 
 def check(
