@@ -12,7 +12,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,14 +113,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *_gates: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def sp_overhead(name: str, size: int, calls: int) -> dict[str, dict[str, float]]:
-    """Local work of one rank of `size`, over that of the same tokens without sequence parallelism; of ours, and the peer's.
+def sp_overhead(name: str, size: int, calls: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Local work of one rank of `size`, over that of the same tokens without sequence parallelism; of ours, then the peer's.
 
     `forward` and `both` compare what the device computes, the others the time from call to call, the host's part included.
     """
     tokens = 32768
     tensors, learnt = inputs(name, Shape(1, tokens, 16), 1 / 16), OPS[name].learnt
-    found = {}
     with fake_group(size) as group:
         sp = SequenceParallel(group, SequenceLayout.contiguous(tokens * size, size))
         for who, split, whole in (
@@ -128,8 +127,7 @@ def sp_overhead(name: str, size: int, calls: int) -> dict[str, dict[str, float]]
             ("fla", peer_split(name, group, tokens * size), peer_of(name)),
         ):
             if split is not None and whole is not None:
-                found[who] = _ratios(split, whole, tensors, learnt, calls)
-    return found
+                yield who, _ratios(split, whole, tensors, learnt, calls)
 
 
 def _ratios(op: Op, other: Op, tensors: list[Tensor | None], learnt: bool, calls: int) -> dict[str, float]:
@@ -241,10 +239,11 @@ def run(options: Options, save: Callable[[dict[str, Any]], None]) -> dict[str, A
             torch.cuda.empty_cache()
         save(figures)
         if options.sp_size:
-            overhead[name] = sp_overhead(name, options.sp_size, options.calls)
-            for who, ratios in overhead[name].items():
+            overhead[name] = {}
+            for who, ratios in sp_overhead(name, options.sp_size, options.calls):
+                overhead[name][who] = ratios
                 print(f"{name:15} {who:5} one rank of {options.sp_size}, local work: {ratios}", flush=True)
-        save(figures)
+                save(figures)
     return figures
 
 

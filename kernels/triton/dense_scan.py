@@ -168,8 +168,8 @@ def follow(
             inside = (down < K)[:, None] & (right < K)[None, :]
             place = head * (K * K) + down[:, None] * K + right[None, :]
             S = tl.load(before_A + batch * Pb + source * Pn + place, mask=inside, other=0.0)
-            made = tl.dot(_matrix(A, down, across, K, K).to(tl.float64), S.to(tl.float64), out_dtype=tl.float64)
-            tl.store(out_A + batch * Xb + member * Xn + place, made.to(tl.float32), mask=inside)
+            moved = tl.dot(_matrix(A, down, across, K, K).to(tl.float64), S.to(tl.float64), out_dtype=tl.float64)
+            tl.store(out_A + batch * Xb + member * Xn + place, moved.to(tl.float32), mask=inside)
         else:
             right = (tl.program_id(2) - own) * BC + tl.arange(0, BC)
             inside = (down < K)[:, None] & (right < V)[None, :]
