@@ -34,7 +34,7 @@ class ChunkedDecay(Recurrence):
         ValueError: where it is none.
     """
 
-    segment_size: int = 64
+    segment_size: int = 32
 
     def __post_init__(self) -> None:
         power_of_two(self.segment_size)

@@ -1,6 +1,6 @@
 """How much more a mixture of memories recalls than one memory of the same size: multi-query associative recall.
 
-``python -m lasp.launch.bench_recall --jobs 8 --result recall.json`` trains each mixer for each number of pairs, several at
+``python -m lasp.launch.bench_recall --jobs 2 --result recall.json`` trains each mixer for each number of pairs, several at
 once on one device, and plots the share of the answers that are right. ``torchrun --nproc-per-node 2 -m
 lasp.launch.bench_recall --mixers mom --pairs 8`` does the same with every sequence shared by the ranks.
 """
@@ -25,8 +25,6 @@ from lasp.training import Options, Trainer, errors_in_one_line
 
 #: Over how many steps the last accuracy is a mean.
 LAST = 50
-#: How many tokens a sequence has besides its pairs and its queries.
-ROOM = 16
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,14 @@ class Recalls:
 
     mixers: tuple[str, ...] = ("gated_delta_net", MIXTURE)
     """What is compared; a mixture is one of the first of them."""
-    pairs: tuple[int, ...] = (8, 16, 32, 64)
+    pairs: tuple[int, ...] = (8, 15)
     """How many pairs a sequence has."""
     jobs: int = 1
     """How many are trained at once."""
     run: Options = field(
         default_factory=lambda: Options(
-            task="mqar", pattern="L", layers=2, hidden=64, heads=4, intermediate=128, batch_size=128, lr=5e-3,
-            warmup=100, steps=2000,
+            task="mqar", pattern="L", layers=2, hidden=64, heads=8, intermediate=128, vocabulary=32, batch_size=16,
+            lr=3e-3, warmup=100, steps=2000,
         )
     )  # fmt: skip
     """What is trained; `pairs` says how long its sequences are."""
@@ -63,7 +61,7 @@ class Recalls:
                 inner = self.mixers[0] if mixer == MIXTURE and self.mixers[0] != MIXTURE else self.run.mom_recurrence
                 found.append(
                     replace(
-                        self.run, mixer=mixer, mom_recurrence=inner, pairs=pairs, seq_len=4 * pairs + ROOM,
+                        self.run, mixer=mixer, mom_recurrence=inner, pairs=pairs, seq_len=4 * pairs,
                         sp=self.run.sp if ranks > 1 else "none",
                     )
                 )  # fmt: skip

@@ -140,6 +140,29 @@ def test_the_kernels_figures_are_recorded() -> None:
     assert f"takes {min(seconds):.0f} to {max(seconds):.0f} s" in text
 
 
+def test_the_cost_of_sharing_is_recorded() -> None:
+    text = " ".join(README.split())
+    local: dict[str, Any] = {}
+    for name in ("kernels", "sp_local_work_delta_rule", "sp_local_work_gated_delta_rule", "sp_local_work_kda"):
+        # The first was written before there was a peer beside it.
+        local |= {op: ratios.get("lasp", ratios) for op, ratios in _kernels(name)["sp_local_work"].items()}
+    assert local.keys() == OPS.keys()
+    both = [ratios["both"] for ratios in local.values()]
+    assert max(both) <= 1.08
+    assert f"computes {min(both):.2f} to {max(both):.2f} times" in text
+    assert f"(forward alone up to {max(ratios['forward'] for ratios in local.values()):.2f}," in text
+    peer = _kernels("sp_local_work_gated_delta_rule")["sp_local_work"]["gated_delta_rule"]["fla"]
+    assert f"takes {peer['both']:.1f} times for `gated_delta_rule`" in text
+
+
+def test_the_mixture_s_figures_are_recorded() -> None:
+    figures, text = _kernels("mom"), " ".join(README.split())
+    plain, ours, peer = (figures[who] for who in ("plain", "lasp", "fla"))
+    assert f"at {ours['both'] / plain['both']:.1f} times a plain Gated DeltaNet layer's time" in text
+    assert f"{peer['both'] / ours['both']:.1f} times as fast as flash-linear-attention's layer" in text
+    assert f"in {ours['peak']:.1f} GiB for its {peer['peak']:.1f} (" in text
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target

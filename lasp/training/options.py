@@ -58,6 +58,8 @@ class Options:
     """A letter a layer, repeated over the depth: L linear, N softmax ("normal"), as in LLLN. The preset's if not given."""
     feature_map: str | None = None
     """Of the linear mixer's queries and keys: identity, elu, relu, silu, softmax, taylor. The mixer's own if not given."""
+    vocabulary: int | None = None
+    """How many tokens there are; text needs those of its tokenizer. The preset's if not given."""
     layers: int | None = None
     """How many layers. The preset's if not given."""
     hidden: int | None = None
@@ -189,7 +191,7 @@ class Options:
             raise ValueError("--device cuda: this machine has no CUDA device")
 
         model = self.model()
-        if model.vocabulary < TOKENIZERS[self.tokenizer]:
+        if self.task == "text" and model.vocabulary < TOKENIZERS[self.tokenizer]:
             raise ValueError(
                 f"--tokenizer {self.tokenizer}: its {TOKENIZERS[self.tokenizer]} tokens exceed --preset {self.preset}'s "
                 f"vocabulary of {model.vocabulary}"
