@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Pieces:
     """
 
     def __init__(self, lengths: Sequence[int], before: Sequence[int], reach: int):
-        self._hold(_index(lengths), _index(before), reach, sum(lengths), sum(before))
+        self._hold(lengths, before, reach, sum(lengths), sum(before))
 
     @classmethod
     def counted(cls, lengths: Tensor, reach: int, tokens: int) -> Pieces:
@@ -35,13 +36,21 @@ class Pieces:
         pieces._hold(lengths, torch.full_like(lengths, reach), reach, tokens, len(lengths) * reach)
         return pieces
 
-    def _hold(self, lengths: Tensor, before: Tensor, reach: int, tokens: int, halo: int) -> None:
+    def _hold(
+        self, lengths: Sequence[int] | Tensor, before: Sequence[int] | Tensor, reach: int, tokens: int, halo: int
+    ) -> None:
         self.reach, self.tokens = reach, tokens
         #: How many rows the halo has.
         self.halo = halo
-        self._lengths, self._before = lengths, before
+        self._given = lengths, before
         self._blocks: dict[tuple[int, torch.device], Tensor] = {}
         self._rows: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @cached_property
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        """How many tokens each piece has, and how many rows before it: made late, a compiler traces what needs none of them."""
+        lengths, before = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.long) for x in self._given)
+        return lengths, before
 
     def blocks(self, size: int, device: torch.device) -> Tensor:
         """The pieces in blocks of at most `size` tokens: int32 ``[n, 5]``, made once.
@@ -51,11 +60,12 @@ class Pieces:
         """
         key = size, device
         if key not in self._blocks:
-            cut = Cut.of(self._lengths, size, self.tokens)
-            ends, piece = self._lengths.cumsum(0), cut.piece
-            start = torch.where(cut.filled, (ends - self._lengths)[piece], self.tokens)
-            before = torch.where(cut.filled, self._before[piece], 0)
-            rows = torch.stack([cut.start, start, ends[piece], self._before.cumsum(0)[piece], before], dim=1)
+            lengths, before = self._sizes
+            cut = Cut.of(lengths, size, self.tokens)
+            ends, piece = lengths.cumsum(0), cut.piece
+            start = torch.where(cut.filled, (ends - lengths)[piece], self.tokens)
+            own = torch.where(cut.filled, before[piece], 0)
+            rows = torch.stack([cut.start, start, ends[piece], before.cumsum(0)[piece], own], dim=1)
             self._blocks[key] = rows.to(torch.int32).to(device)
         return self._blocks[key]
 
@@ -65,14 +75,15 @@ class Pieces:
         The source of each row among a row of zeros, the halo and the tokens; and the places of the halo and of the tokens.
         """
         if device not in self._rows:
-            own = self._lengths.device
-            pieces = torch.arange(len(self._lengths), device=own)
-            of_row = torch.repeat_interleave(pieces, self._before, output_size=self.halo)
-            of_token = torch.repeat_interleave(pieces, self._lengths, output_size=self.tokens)
+            lengths, before = self._sizes
+            own = lengths.device
+            pieces = torch.arange(len(lengths), device=own)
+            of_row = torch.repeat_interleave(pieces, before, output_size=self.halo)
+            of_token = torch.repeat_interleave(pieces, lengths, output_size=self.tokens)
             # Before a row of the halo stand all tokens of earlier pieces, and zeros where a halo is shorter than the reach.
             row, token = torch.arange(self.halo, device=own), torch.arange(self.tokens, device=own)
-            zeros = (self.reach - self._before).cumsum(0)
-            halo = row + (self._lengths.cumsum(0) - self._lengths)[of_row] + zeros[of_row]
+            zeros = (self.reach - before).cumsum(0)
+            halo = row + (lengths.cumsum(0) - lengths)[of_row] + zeros[of_row]
             tokens = token + (of_token + 1) * self.reach
             source = token.new_zeros(self.tokens + len(pieces) * self.reach)
             source[halo] = 1 + row
@@ -140,7 +151,3 @@ def _sum(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for j in range(weight.shape[1]):
         sum += rows[:, j : j + count] * weight[:, j].to(rows.dtype)
     return sum if bias is None else sum + bias.to(rows.dtype)
-
-
-def _index(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.long)
