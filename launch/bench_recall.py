@@ -2,7 +2,7 @@
 
 ``python -m lasp.launch.bench_recall --jobs 2 --result recall.json`` trains each mixer for each number of pairs, several at
 once on one device, and plots the share of the answers that are right. ``torchrun --nproc-per-node 2 -m
-lasp.launch.bench_recall --mixers mom --pairs 8`` does the same with every sequence shared by the ranks.
+lasp.launch.bench_recall --mixers mom`` does the same with every sequence shared by the ranks.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Recalls:
 
     mixers: tuple[str, ...] = ("gated_delta_net", MIXTURE)
     """What is compared; a mixture is one of the first of them."""
-    pairs: tuple[int, ...] = (8, 15)
+    pairs: tuple[int, ...] = (8,)
     """How many pairs a sequence has."""
     jobs: int = 1
     """How many are trained at once."""
     run: Options = field(
         default_factory=lambda: Options(
             task="mqar", pattern="L", layers=2, hidden=64, heads=8, intermediate=128, vocabulary=32, batch_size=16,
-            lr=3e-3, warmup=100, steps=2000,
+            lr=3e-3, warmup=100, steps=1500,
         )
     )  # fmt: skip
     """What is trained; `pairs` says how long its sequences are."""
-    interval: int = 100
+    interval: int = 50
     """Steps between two lines of a run."""
     result: Path = Path("bench_recall.json")
     """Where the JSON goes, and with another suffix the plot."""
@@ -130,19 +130,18 @@ def _one_thread() -> None:
 
 
 def plot(curves: list[Curve], path: Path) -> None:
-    """Accuracy over pairs, a line a mixer."""
+    """Accuracy over steps, a line a run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5, 3.4))
-    for mixer in sorted({curve.mixer for curve in curves}):
-        points = sorted((curve.pairs, curve.accuracy) for curve in curves if curve.mixer == mixer)
-        axis.plot(*zip(*points, strict=True), marker="o", label=mixer)
-    axis.set_xscale("log", base=2)
+    for curve in sorted(curves, key=lambda curve: (curve.pairs, curve.mixer)):
+        steps, _, accuracies = zip(*curve.curve, strict=True)
+        axis.plot(steps, accuracies, label=f"{curve.mixer}, {curve.pairs} pairs, {curve.ranks} ranks")
     axis.set_ylim(0, 1.02)
-    axis.set_xlabel("pairs to remember")
+    axis.set_xlabel("steps")
     axis.set_ylabel("answers that are right")
     axis.legend()
     figure.tight_layout()

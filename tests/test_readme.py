@@ -97,7 +97,7 @@ def test_the_simulated_figures_are_recorded() -> None:
     assert f": {both:.0f} times less, or {charged:.1f} times with every kernel" in text
 
 
-def _kernels(name: str) -> dict[str, Any]:
+def _kernels(name: str) -> Any:
     return json.loads((ROOT / f"launch/results/{name}.json").read_text())["figures"]
 
 
@@ -161,6 +161,10 @@ def test_the_mixture_s_figures_are_recorded() -> None:
     assert f"at {ours['both'] / plain['both']:.1f} times a plain Gated DeltaNet layer's time" in text
     assert f"{peer['both'] / ours['both']:.1f} times as fast as flash-linear-attention's layer" in text
     assert f"in {ours['peak']:.1f} GiB for its {peer['peak']:.1f} (" in text
+    recalled = {(row["mixer"], row["ranks"]): row["accuracy"] for row in [*_kernels("recall"), *_kernels("recall_sp2")]}
+    assert f"gives the value of {recalled['mom', 1]:.0%} of 8 keys" in text
+    assert f"slower, of {recalled['gated_delta_net', 1]:.0%} (" in text
+    assert f"[{recalled['mom', 2]:.0%}](launch/results/recall_sp2.json)" in text
 
 
 def test_links_lead_somewhere() -> None:
