@@ -1,4 +1,4 @@
-"""How much more a mixture of memories recalls than one memory of the same size: multi-query associative recall.
+"""What a mixture of memories recalls beside one memory of the same size: multi-query associative recall.
 
 ``python -m lasp.launch.bench_recall --jobs 2 --result recall.json`` trains each mixer for each number of pairs, several at
 once on one device, and plots the share of the answers that are right. ``torchrun --nproc-per-node 2 -m

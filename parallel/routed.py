@@ -56,12 +56,6 @@ class Routed:
         """How many of this rank's tokens chose each memory, int64 ``[M]``; they stand together, memory after memory."""
         return self.dispatch.counts.view(self.memories, -1).sum(1)
 
-    @cached_property
-    def group(self) -> Tensor:
-        """The group of each place, int64 ``[N]``."""
-        counts = self.dispatch.counts
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=self.tokens)
-
     def plan(self, recurrence: Recurrence) -> RoutedPlan:
         """The segments for a recurrence, made once."""
         size = recurrence.segment_size

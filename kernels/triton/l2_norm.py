@@ -120,7 +120,7 @@ def _(dy: Tensor, _y: Tensor, _lengths: Tensor) -> Tensor:
     return dy.new_empty(dy.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+def _keep(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001, torch calls it by these names
     ctx.save_for_backward(*output)
 
 
