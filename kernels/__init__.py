@@ -3,7 +3,7 @@
 from lasp.kernels.chunked import ChunkedDecay
 from lasp.kernels.course import Ahead, Chain, Course, Itinerary
 from lasp.kernels.delta import ChunkedDelta
-from lasp.kernels.dispatch import Dispatch
+from lasp.kernels.dispatch import Dispatch, Groups
 from lasp.kernels.forms import delta_rule, elementwise_decay
 from lasp.kernels.recurrence import Recurrence, Tokens
 from lasp.kernels.segments import Cut, Segments
@@ -17,6 +17,7 @@ __all__ = [
     "Course",
     "Cut",
     "Dispatch",
+    "Groups",
     "Itinerary",
     "Recurrence",
     "Segments",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +62,34 @@ class Dispatch:
         """
         collected: Tensor = _Collect.apply(y, weights, self)
         return collected
+
+
+class Groups:
+    """How many rows each group has, and what follows from it, made once for all projections.
+
+    Args:
+        counts: int64 ``[G]``.
+        rows: N, their sum.
+    """
+
+    def __init__(self, counts: Tensor, rows: int):
+        self.counts, self.rows = counts, rows
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """The first row of each, and N: int64 ``[G + 1]``."""
+        return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where each ends, int32 ``[G]``."""
+        return self.bounds[1:].to(torch.int32)
+
+    @cached_property
+    def of_row(self) -> Tensor:
+        """The group of each row, int64 ``[N]``."""
+        groups = torch.arange(len(self.counts), device=self.counts.device)
+        return torch.repeat_interleave(groups, self.counts, output_size=self.rows)
 
 
 class _Send(torch.autograd.Function):

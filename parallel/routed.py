@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lasp.kernels import Course, Cut, Dispatch, Itinerary, Recurrence, Segments, Summary
+from lasp.kernels import Course, Cut, Dispatch, Groups, Itinerary, Recurrence, Segments, Summary
+from lasp.kernels.convolution import Pieces
 from lasp.parallel.sequence_parallel import SequenceParallel
 
 
@@ -34,6 +35,7 @@ class Routed:
     memories: int
     dispatch: Dispatch
     _plans: dict[int, RoutedPlan] = field(default_factory=dict, compare=False, repr=False)
+    _pieces: dict[int, Pieces] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, chosen: Tensor, memories: int, sp: SequenceParallel) -> Routed:
@@ -52,9 +54,9 @@ class Routed:
         return self.dispatch.token.shape[0]
 
     @cached_property
-    def memory_counts(self) -> Tensor:
-        """How many of this rank's tokens chose each memory, int64 ``[M]``; they stand together, memory after memory."""
-        return self.dispatch.counts.view(self.memories, -1).sum(1)
+    def of_memories(self) -> Groups:
+        """Which places are which memory's: they stand together, memory after memory."""
+        return Groups(self.dispatch.counts.view(self.memories, -1).sum(1), self.tokens)
 
     def plan(self, recurrence: Recurrence) -> RoutedPlan:
         """The segments for a recurrence, made once."""
@@ -62,6 +64,12 @@ class Routed:
         if size not in self._plans:
             self._plans[size] = RoutedPlan(self, size)
         return self._plans[size]
+
+    def pieces(self, reach: int) -> Pieces:
+        """The groups for a convolution that reaches back over as many tokens, made once."""
+        if reach not in self._pieces:
+            self._pieces[reach] = Pieces.counted(self.dispatch.counts, reach, self.tokens)
+        return self._pieces[reach]
 
 
 def groups(memories: Tensor, sp: SequenceParallel) -> Tensor:

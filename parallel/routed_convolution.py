@@ -46,10 +46,10 @@ def routed_convolution(
         raise ValueError(
             f"routed_convolution: {x.dtype} counts to {int(2 / torch.finfo(x.dtype).eps)} taps, given {reach + 1}"
         )
-    counts, D = routed.dispatch.counts, x.shape[2]
     halo = _before(x.squeeze(0), reach, routed) if tails is None else tails
-    pieces = Pieces.counted(counts, reach, x.shape[1])
-    y: Tensor = _Convolution.apply(x, halo.reshape(1, -1, D), weight, bias, activation == "silu", pieces)
+    y: Tensor = _Convolution.apply(
+        x, halo.reshape(1, -1, x.shape[2]), weight, bias, activation == "silu", routed.pieces(reach)
+    )
     return y
 
 

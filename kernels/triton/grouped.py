@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,17 +47,16 @@ def sum_of_outer_products(
 _sum = Kernel(sum_of_outer_products)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, bounds: Tensor) -> Tensor:
     """The gradient ``[G, out, in]`` of a weight that differs from group to group, summed in float32.
 
     Args:
         dy: ``[N, out]``, bfloat16, `out` a multiple of 8.
         x: ``[N, in]``, likewise, sorted by group.
-        counts: how many rows each group has, int64 ``[G]``.
+        bounds: the first row of each group, and N: int64 ``[G + 1]``.
     """
-    out, into, groups = dy.shape[1], x.shape[1], len(counts)
+    out, into, groups = dy.shape[1], x.shape[1], len(bounds) - 1
     dweight = x.new_empty(groups, out, into)
-    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     _launch(groups, out, into)(ready(dy), ready(x), dweight, bounds)
     return dweight
 

@@ -53,7 +53,7 @@ class PerMemory(nn.Module):
 
     def forward(self, x: Tensor, routed: Routed) -> Tensor:
         """``[1, N, in]`` to ``[1, N, out]``, of routed tokens: work for as many products as they have choices."""
-        return grouped_linear(x.squeeze(0), self.weight, self.bias, routed.memory_counts).unsqueeze(0)
+        return grouped_linear(x.squeeze(0), self.weight, self.bias, routed.of_memories).unsqueeze(0)
 
 
 @dataclass

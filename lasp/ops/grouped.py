@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.kernels import triton
+from lasp.kernels import Groups, triton
 
 #: Up to so many columns of all groups together, every row is multiplied with all of them: reading it takes longer.
 NARROW = 128
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
     """``x @ weight[g].T + bias[g]``, g being the group of each row.
 
     On a GPU nothing waits to learn how many rows a group has, but for weights of more than `NARROW` columns which are not
@@ -25,7 +25,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
         x: ``[N, in]``, sorted by group.
         weight: ``[G, out, in]``.
         bias: ``[G, out]``, or None.
-        counts: how many rows each group has, int64 ``[G]``.
+        groups: which rows are whose.
 
     Returns:
         ``[N, out]``, under autocast in its dtype.
@@ -33,24 +33,24 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    groups, out, into = weight.shape
+    count, out, into = weight.shape
     if not x.is_cuda:
-        return _one_by_one(x, weight, bias, counts)
-    group = torch.repeat_interleave(torch.arange(groups, device=x.device), counts, output_size=len(x))
-    if groups * out <= NARROW:
+        return _one_by_one(x, weight, bias, groups)
+    if count * out <= NARROW:
         of_all = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return of_all.view(len(x), groups, out).take_along_dim(group[:, None, None], 1).squeeze(1)
+        return of_all.view(len(x), count, out).take_along_dim(groups.of_row[:, None, None], 1).squeeze(1)
     if x.dtype != torch.bfloat16 or out % 8 or into % 8 or not len(x) or not triton.serves(x):
-        return _one_by_one(x, weight, bias, counts)
-    y: Tensor = _Grouped.apply(x, weight, counts)
+        return _one_by_one(x, weight, bias, groups)
+    y: Tensor = _Grouped.apply(x, weight, groups)
     if bias is None:
         return y
     # A product, whose gradient is one too: sums over a group's rows are made in float32.
-    return torch.addmm(y, (group[:, None] == torch.arange(groups, device=x.device)).to(y.dtype), bias)
+    own = groups.of_row[:, None] == torch.arange(count, device=x.device)
+    return torch.addmm(y, own.to(y.dtype), bias)
 
 
-def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    parts = x.split(counts.tolist())
+def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
+    parts = x.split(groups.counts.tolist())
     biases = [None] * len(parts) if bias is None else bias.unbind()
     return torch.cat([F.linear(*each) for each in zip(parts, weight.unbind(), biases, strict=True)])
 
@@ -59,9 +59,10 @@ class _Grouped(torch.autograd.Function):
     """The products of all groups in one launch, whose bounds the device reads."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, counts)
-        y: Tensor = torch._grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=_ends(counts))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        ctx.groups = groups
+        ctx.save_for_backward(x, weight)
+        y: Tensor = torch._grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=groups.ends)
         return y
 
     @staticmethod
@@ -69,12 +70,8 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         from lasp.kernels.triton.grouped import weight_gradient
 
-        x, weight, counts = ctx.saved_tensors
+        (x, weight), groups = ctx.saved_tensors, ctx.groups
         dy = dy.contiguous()
-        dx = torch._grouped_mm(dy, weight, offs=_ends(counts)) if ctx.needs_input_grad[0] else None
+        dx = torch._grouped_mm(dy, weight, offs=groups.ends) if ctx.needs_input_grad[0] else None
         # torch's own product of the kind takes no groups but of whole multiples of 8 rows.
-        return dx, weight_gradient(dy, x, counts) if ctx.needs_input_grad[1] else None, None
-
-
-def _ends(counts: Tensor) -> Tensor:
-    return counts.cumsum(0).to(torch.int32)
+        return dx, weight_gradient(dy, x, groups.bounds) if ctx.needs_input_grad[1] else None, None

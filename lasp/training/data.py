@@ -63,9 +63,8 @@ class Windows:
             )
         self.corpus, self.seq_len, self.batch_size, self.seed = corpus, seq_len, batch_size, seed
 
-    @property
-    def targets(self) -> int:
-        """How many a window has."""
+    def targets(self, step: int) -> int:
+        """How many a window of the step has."""
         return self.seq_len
 
     def rows(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:

@@ -92,8 +92,8 @@ class Options:
 
     task: str = "text"
     """What to train on: text, or mqar (multi-query associative recall: sequences that ask again for what they told)."""
-    pairs: int = 16
-    """Of mqar, how many keys with their values a sequence has to remember."""
+    pairs: tuple[int, ...] = (16,)
+    """Of mqar, how many keys with their values a sequence has to remember; of several numbers, each step draws one."""
     data: Path | None = None
     """A text file, or a directory of text files. The sources of Python's standard library if not given."""
     tokenizer: str = "bytes"

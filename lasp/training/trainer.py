@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,10 +17,12 @@ from lasp.models import LinearLlama3
 from lasp.parallel import SequenceParallel
 from lasp.parallel.mesh import all_ranks
 from lasp.training import checkpoint
+from lasp.training.data import Windows
 from lasp.training.gradients import Gradients
 from lasp.training.loss import right_answers, sum_of_cross_entropies
 from lasp.training.metrics import LOAD, Metrics, Row
 from lasp.training.options import DTYPES, LAYOUTS, Options
+from lasp.training.recall import Recall
 
 
 class Trainer:
@@ -49,7 +52,7 @@ class Trainer:
         self.rows_here = options.batch_size // mesh["dp"].size()
         self.first_row = self.rows_here * mesh.get_local_rank("dp")
         self.source = options.source()
-        self.tokens, self.targets = (options.batch_size * n for n in (options.seq_len, self.source.targets))
+        self.tokens = options.batch_size * options.seq_len
 
         torch.manual_seed(options.seed)  # every rank draws the same weights
         self.model = LinearLlama3(options.model()).to(self.device)
@@ -69,11 +72,8 @@ class Trainer:
 
     def step(self) -> dict[str, Tensor]:
         """Train on the next step's sequences. Returns its figures (`Row.of`), on the device, alike on all ranks."""
-        inputs, targets = self.batch(self.done)
-        with torch.autocast(self.device.type, DTYPES[self.options.dtype], enabled=self.options.dtype != "float32"):
-            features = self.model.features(inputs, sp=self.sp)
-            # A share of the mean over all ranks' targets: shares of loss and gradient add up, however the step is split.
-            loss = sum_of_cross_entropies(self.model, features, targets) / self.targets
+        shares = self._shares(self.source, self.done)
+        loss = shares["loss"]
         routings = self.model.routings
         balanced = balance(routings, self.everyone) if routings else None
         self.gradients.zero()
@@ -88,9 +88,7 @@ class Trainer:
         self.optimizer.step()
         self.done += 1
 
-        shares = {"loss": loss.detach()}
-        if self.options.task == "mqar":
-            shares["accuracy"] = right_answers(self.model, features, targets) / self.targets
+        shares["loss"] = loss.detach()
         if balanced is not None:
             shares |= {"balance_loss": balanced.loss.detach(), "router_entropy": balanced.entropy}
             shares |= {"router_z_loss": balanced.z_loss.detach(), "dropped": balanced.dropped}
@@ -101,9 +99,33 @@ class Trainer:
             figures |= {f"{LOAD}{memory}": load for memory, load in enumerate(balanced.load)}
         return figures
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets ``[rows, T_local]`` of a step: its rows, and of those its tokens."""
-        whole = self.source.rows(step, self.first_row, self.rows_here)
+    @torch.no_grad()
+    def evaluate(self, source: Windows | Recall, steps: Iterable[int]) -> dict[str, Tensor]:
+        """The loss, and what else a task has, of a source's steps, their mean; nothing is learnt. Alike on all ranks.
+
+        Args:
+            source: like the one that is trained on, as long and of as many sequences a step.
+            steps: which of its steps, at least one.
+        """
+        taken = [self._shares(source, step) for step in steps]
+        total = torch.stack([torch.stack(list(shares.values())) for shares in taken]).mean(0)
+        dist.all_reduce(total, group=self.everyone)
+        return dict(zip(taken[0], total, strict=True))
+
+    def _shares(self, source: Windows | Recall, step: int) -> dict[str, Tensor]:
+        """This rank's shares of the means over all ranks' targets: shares of loss and gradient add up, however it is split."""
+        inputs, targets = self.batch(source, step)
+        count = self.options.batch_size * source.targets(step)
+        with torch.autocast(self.device.type, DTYPES[self.options.dtype], enabled=self.options.dtype != "float32"):
+            features = self.model.features(inputs, sp=self.sp)
+            shares = {"loss": sum_of_cross_entropies(self.model, features, targets) / count}
+        if self.options.task == "mqar":
+            shares["accuracy"] = right_answers(self.model, features, targets) / count
+        return shares
+
+    def batch(self, source: Windows | Recall, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets ``[rows, T_local]`` of a source's step: its rows, and of those its tokens."""
+        whole = source.rows(step, self.first_row, self.rows_here)
         # The targets were shifted in the whole window: at the end of a rank's run the target is another rank's input.
         inputs, targets = (self.layout.shard(x, self.sp_rank).to(self.device, non_blocking=True) for x in whole)
         return inputs, targets

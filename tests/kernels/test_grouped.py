@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lasp.kernels import Groups
 from lasp.ops.grouped import grouped_linear
 from tests.support import Inputs, assert_close, poisoned_memory
 
@@ -22,7 +23,7 @@ def leaves(out: int) -> list[Tensor]:
 def results(tensors: list[Tensor], counts: tuple[int, ...], biased: bool) -> dict[str, Tensor]:
     *given, dy = tensors
     x, weight, bias = (leaf.requires_grad_() for leaf in given)
-    y = grouped_linear(x, weight, bias if biased else None, torch.tensor(counts, device=x.device))
+    y = grouped_linear(x, weight, bias if biased else None, Groups(torch.tensor(counts, device=x.device), len(x)))
     wanted = {"x": x, "weight": weight} | ({"bias": bias} if biased else {})
     found = torch.autograd.grad(y, list(wanted.values()), dy)
     return {"y": y.detach().cpu()} | {name: g.cpu() for name, g in zip(wanted, found, strict=True)}
@@ -54,9 +55,8 @@ def test_weight_gradient_in_triton(out: int, counts: str) -> None:
     group = torch.repeat_interleave(torch.arange(GROUPS), torch.tensor(COUNTS[counts]))
     want = torch.stack([dy[group == g].t() @ x[group == g] for g in range(GROUPS)])
     with poisoned_memory():
-        given = weight_gradient(
-            *(y.to(device, torch.bfloat16) for y in (dy, x)), torch.tensor(COUNTS[counts], device=device)
-        )
+        groups = Groups(torch.tensor(COUNTS[counts], device=device), len(x))
+        given = weight_gradient(*(y.to(device, torch.bfloat16) for y in (dy, x)), groups.bounds)
     assert_close({"weight": given.cpu()}, {"weight": want}, 1e-2)
 
 

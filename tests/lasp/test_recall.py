@@ -9,7 +9,7 @@ from lasp.training.recall import FILLER, NO_TARGET, Recall
 
 
 def test_every_key_is_asked_for_once_and_has_its_value_for_an_answer() -> None:
-    source = Recall(64, pairs=8, seq_len=50, batch_size=4, seed=0)
+    source = Recall(64, pairs=(8,), seq_len=50, batch_size=4, seed=0)
     inputs, targets = source.rows(3, 0, 4)
     assert inputs.shape == targets.shape == (4, 50)
     for row, answers in zip(inputs.tolist(), targets.tolist(), strict=True):
@@ -21,11 +21,11 @@ def test_every_key_is_asked_for_once_and_has_its_value_for_an_answer() -> None:
         assert all(answers[t] == pairs[row[t]] == row[t + 1] for t in asked)
         others = set(range(16, 50)) - {t + i for t in asked for i in (0, 1)}
         assert all(row[t] == FILLER for t in others)
-    assert (targets != NO_TARGET).sum() == 4 * source.targets
+    assert (targets != NO_TARGET).sum() == 4 * source.targets(3)
 
 
 def test_rows_are_the_same_however_a_step_is_split() -> None:
-    source = Recall(64, pairs=8, seq_len=50, batch_size=4, seed=1)
+    source = Recall(64, pairs=(8,), seq_len=50, batch_size=4, seed=1)
     inputs, targets = source.rows(2, 0, 4)
     for row in range(4):
         one = source.rows(2, row, 1)
@@ -43,4 +43,15 @@ def test_rows_are_the_same_however_a_step_is_split() -> None:
 )
 def test_errors(pairs: int, seq_len: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Recall(64, pairs, seq_len, 4, 0)
+        Recall(64, (1, pairs), seq_len, 4, 0)
+
+
+def test_each_step_draws_how_many_pairs() -> None:
+    source = Recall(64, pairs=(1, 4, 16), seq_len=64, batch_size=2, seed=0)
+    drawn = []
+    for step in range(60):
+        inputs, targets = source.rows(step, 0, 2)
+        assert (targets != NO_TARGET).sum(1).tolist() == 2 * [source.targets(step)]
+        assert ((inputs > 0) & (inputs < 32)).sum(1).tolist() == 2 * [2 * source.targets(step)]
+        drawn.append(source.targets(step))
+    assert all(drawn.count(pairs) >= 10 for pairs in source.pairs)

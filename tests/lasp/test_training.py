@@ -244,5 +244,5 @@ def test_a_rank_takes_its_tokens_of_the_whole_windows() -> None:
     for rank in (0, 1):
         run.sp_rank = rank
         mine = run.layout.positions(rank)
-        assert torch.equal(run.batch(0)[0], inputs[:, mine])
-        assert torch.equal(run.batch(0)[1], targets[:, mine])
+        assert torch.equal(run.batch(run.source, 0)[0], inputs[:, mine])
+        assert torch.equal(run.batch(run.source, 0)[1], targets[:, mine])
