@@ -1,6 +1,6 @@
 """What a mixture of memories recalls beside one memory of the same size: multi-query associative recall.
 
-``python -m lasp.launch.bench_recall --jobs 8 --result recall.json`` trains each mixer with each seed and learning rate, several
+``python -m lasp.launch.bench_recall --jobs 12 --result recall.json`` trains each mixer with each seed and learning rate, several
 at once on one device, asks each for pairs that it never saw, and plots the share of the answers that are right over the number
 of pairs. ``torchrun --nproc-per-node 2 -m lasp.launch.bench_recall --mixers mom`` does the same with every sequence shared by
 the ranks.
@@ -36,9 +36,9 @@ class Recalls:
 
     mixers: tuple[str, ...] = ("gated_delta_net", MIXTURE)
     """What is compared; a mixture is one of the first of them."""
-    rates: tuple[float, ...] = (3e-3,)
+    rates: tuple[float, ...] = (2e-3, 5e-3)
     """Peak learning rates; of each mixer the one that recalls most counts."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights and data."""
     asked: int = 16
     """Batches of each number of pairs that a trained model is asked for."""
@@ -46,8 +46,8 @@ class Recalls:
     """How many are trained at once."""
     run: Options = field(
         default_factory=lambda: Options(
-            task="mqar", pattern="L", layers=2, hidden=64, heads=8, intermediate=128, vocabulary=128, batch_size=64,
-            pairs=(4, 8, 16, 32), seq_len=128, warmup=100, steps=3000,
+            task="mqar", pattern="L", layers=2, hidden=64, heads=4, intermediate=128, vocabulary=128, batch_size=64,
+            pairs=(2, 4, 8, 16, 32), seq_len=128, warmup=100, steps=6000,
         )
     )  # fmt: skip
     """What is trained."""
@@ -108,25 +108,23 @@ class Recalled:
 
 def train(options: Options, recalls: Recalls) -> Recalled:
     """One run, on all ranks that there are."""
-    with processes(options.device_type()):
-        ranks = dist.get_world_size()
-        trainer = Trainer(options, build_mesh(options.device_type(), options.ranks_of_a_sequence(ranks)))
-        rows: list[torch.Tensor] = []
-        curve = []
-        while trainer.done < options.steps:
-            figures = trainer.step()
-            rows.append(torch.stack([figures["loss"], figures["accuracy"]]))
-            if trainer.done % recalls.interval == 0:
-                loss, accuracy = torch.stack(rows).mean(0).tolist()
-                curve.append((trainer.done, loss, accuracy))
-                rows = []
-                if dist.get_rank() == 0:
-                    print(
-                        f"{options.mixer:16} {options.lr:g} {options.seed} step {trainer.done:5}: {accuracy:.1%}",
-                        flush=True,
-                    )
-        accuracies = {pairs: asked(trainer, pairs, recalls.asked) for pairs in options.pairs}
-        parameters = sum(p.numel() for p in trainer.model.parameters())
+    ranks = dist.get_world_size()
+    trainer = Trainer(options, build_mesh(options.device_type(), options.ranks_of_a_sequence(ranks)))
+    rows: list[torch.Tensor] = []
+    curve = []
+    while trainer.done < options.steps:
+        figures = trainer.step()
+        rows.append(torch.stack([figures["loss"], figures["accuracy"]]))
+        if trainer.done % recalls.interval == 0:
+            loss, accuracy = torch.stack(rows).mean(0).tolist()
+            curve.append((trainer.done, loss, accuracy))
+            rows = []
+            if dist.get_rank() == 0:
+                print(
+                    f"{options.mixer:16} {options.lr:g} {options.seed} step {trainer.done:5}: {accuracy:.1%}", flush=True
+                )
+    accuracies = {pairs: asked(trainer, pairs, recalls.asked) for pairs in options.pairs}
+    parameters = sum(p.numel() for p in trainer.model.parameters())
     return Recalled(options.mixer or "", options.lr, options.seed, ranks, parameters, accuracies, curve)
 
 
@@ -142,16 +140,18 @@ def measure(recalls: Recalls) -> Iterator[Recalled]:
     ranks = launched_ranks()
     runs = recalls.runs(ranks)
     if ranks > 1 or recalls.jobs == 1:
-        yield from (train(options, recalls) for options in runs)
+        with processes(recalls.run.device_type()):
+            yield from (train(options, recalls) for options in runs)
         return
-    with ProcessPoolExecutor(recalls.jobs, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
-        # The longest first.
-        for done in as_completed([pool.submit(train, options, recalls) for options in reversed(runs)]):
+    with ProcessPoolExecutor(recalls.jobs, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_train_alone, options, recalls) for options in runs]):
             yield done.result()
 
 
-def _one_thread() -> None:
+def _train_alone(options: Options, recalls: Recalls) -> Recalled:
     torch.set_num_threads(1)
+    with processes(options.device_type()):
+        return train(options, recalls)
 
 
 def best(runs: list[Recalled]) -> dict[str, list[Recalled]]:
