@@ -121,7 +121,8 @@ def train(options: Options, recalls: Recalls) -> Recalled:
             rows = []
             if dist.get_rank() == 0:
                 print(
-                    f"{options.mixer:16} {options.lr:g} {options.seed} step {trainer.done:5}: {accuracy:.1%}", flush=True
+                    f"{options.mixer:16} {options.lr:g} {options.seed} step {trainer.done:5}: {accuracy:.1%}",
+                    flush=True,
                 )
     accuracies = {pairs: asked(trainer, pairs, recalls.asked) for pairs in options.pairs}
     parameters = sum(p.numel() for p in trainer.model.parameters())
