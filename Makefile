@@ -1,5 +1,5 @@
 # make pretrain   an LLLN hybrid on real text, its sequences shared among the GPUs found, or among 4 CPU ranks
-# make test       lint, types, tests on one process and on four ranks
+# make test       lint, types, tests on one process and on four ranks; with ALL=1 also those that are left out for their time
 #
 # Both make the environment first, in .venv. Options:
 #   ARGS    more options of pretrain.py:  make pretrain ARGS="--mixer gla --steps 500"
@@ -32,13 +32,14 @@ test-ranks: export OMP_NUM_THREADS = 1
 test-ranks: export OMPI_ALLOW_RUN_AS_ROOT = 1
 test-ranks: export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 test-ranks: .venv/ready
-	$(BIN)/mpirun --oversubscribe -n 4 $(BIN)/python -m pytest --with-mpi -m mpi -x
+	$(BIN)/mpirun --oversubscribe -n 4 $(BIN)/python -m pytest --with-mpi -m "mpi and $(if $(ALL),True,not slow)" -x
 
-.venv/ready: pyproject.toml requirements/pinned.txt
+.venv/ready: pyproject.toml requirements/pinned.txt requirements/engines.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "lasp needs Python 3.10 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/pinned.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/engines.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

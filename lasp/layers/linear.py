@@ -38,7 +38,7 @@ class LightningAttention(LinearMixer):
     decay: Tensor
 
     def build_decay(self, hidden: int) -> None:
-        constant(self, lightning_log_decay(self.heads, self.layer_idx, self.num_layers))
+        constant(self, lightning_log_decay, self.layer_idx, self.num_layers)
 
     def log_decay(self, x: Tensor, passage: Passage) -> Tensor:
         return self.decay
@@ -52,7 +52,7 @@ class Retention(LinearMixer):
     decay: Tensor
 
     def build_decay(self, hidden: int) -> None:
-        constant(self, retention_log_decay(self.heads))
+        constant(self, retention_log_decay)
 
     def log_decay(self, x: Tensor, passage: Passage) -> Tensor:
         return self.decay

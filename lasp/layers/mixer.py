@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ class LinearMixer(nn.Module):
             mixer's own when None, for most H.
         key_width: of a head's queries and keys; what the feature map asks for, else ``hidden / heads``, when None.
         value_width: of a head's values; ``hidden / heads`` when None, or as many times as much as the mixer says.
+        part: which part of the layer's heads this is, and of how many equal ones, where ranks share them: `heads` are the
+            part's. For decays that depend on the head.
         layer_idx: which of the model's layers this is, for decays that depend on it.
         num_layers: how many layers the model has.
         feature_map: of queries and keys, a name in `FEATURE_MAPS`; the mixer's own when None.
@@ -105,6 +108,7 @@ class LinearMixer(nn.Module):
         key_heads: int | None = None,
         key_width: int | None = None,
         value_width: int | None = None,
+        part: tuple[int, int] = (0, 1),
         layer_idx: int = 0,
         num_layers: int = 1,
         feature_map: str | None = None,
@@ -115,6 +119,7 @@ class LinearMixer(nn.Module):
     ):
         super().__init__()
         self.heads, self.layer_idx, self.num_layers, self.rope_theta = heads, layer_idx, num_layers, rope_theta
+        self.part = part
         self.key_heads = (self.default_key_heads or heads) if key_heads is None else key_heads
         if self.key_heads < 1 or heads % self.key_heads:
             raise ValueError(f"key_heads={self.key_heads} does not divide heads={heads}")
@@ -233,6 +238,8 @@ class LinearMixer(nn.Module):
         return self.o_proj(self.norm(o.flatten(-2), gate)), memory
 
 
-def constant(mixer: nn.Module, log_decay: Tensor) -> None:
-    """Give the mixer a log-decay ``[H]`` that is not learnt and not saved."""
-    mixer.register_buffer("decay", log_decay.to(torch.float32), persistent=False)
+def constant(mixer: LinearMixer, log_decay: Callable[..., Tensor], *layer: int) -> None:
+    """Give the mixer a log-decay ``[H]`` that is not learnt and not saved: of all the layer's heads, its part."""
+    own, parts = mixer.part
+    decay = log_decay(parts * mixer.heads, *layer).chunk(parts)[own]
+    mixer.register_buffer("decay", decay.to(torch.float32, copy=True), persistent=False)

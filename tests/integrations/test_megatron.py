@@ -1,0 +1,116 @@
+"""Megatron-Core with the plug-in's layers: what one rank computes, for every split of four."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from tests.integrations.megatron_cpu import use_cpu
+
+    use_cpu()
+    from lasp.integrations.megatron import LaspOptions
+    from tests.integrations.megatron_run import Run, Split, alone, train
+
+pytestmark = [
+    pytest.mark.mpi(min_size=4),
+    pytest.mark.usefixtures("world"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+SPLITS = {
+    "tp2": Split(tp=2),
+    "tp2 sequence-parallel": Split(tp=2, sequence_parallel=True),
+    "cp2": Split(cp=2),
+    "cp4": Split(cp=4),
+    "pp2": Split(pp=2),
+    "cp2 tp2": Split(cp=2, tp=2),
+    "cp2 tp2 sequence-parallel": Split(cp=2, tp=2, sequence_parallel=True),
+    "cp2 pp2": Split(cp=2, pp=2),
+    "tp2 pp2": Split(tp=2, pp=2),
+}
+
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE_RECOMPUTE = {"recompute_granularity": "selective"}
+#: Each a multiple of twice the ranks long, as Megatron pads them.
+DOCUMENTS = (0, 8, 32, 40, 64)
+
+#: What is tried of each mixer where time is short, and which mixers in all.
+OF_ALL, IN_ALL = ("cp2 tp2 sequence-parallel", "cp2 pp2"), ("gated_delta_net", "mom")
+
+_runs: dict[object, Run] = {}
+
+
+def reference(pattern: str, options: LaspOptions, split: Split) -> Run:
+    key = pattern, options, split.documents
+    if key not in _runs:
+        _runs[key] = alone(pattern, options, split)
+    return _runs[key]
+
+
+def check(pattern: str, options: LaspOptions, split: Split) -> None:
+    """The losses and the norms of the gradients are those of one rank."""
+    want = reference(pattern, replace(options, exchange="auto", softmax_sp="auto"), split)
+    given = train(split, pattern, options, want.begun)
+    assert want.losses[-1] < want.losses[0]
+    assert given.losses == pytest.approx(want.losses, rel=1e-5)
+    assert given.norms == pytest.approx(want.norms, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "split"),
+    [
+        pytest.param(mixer, split, marks=[] if mixer in IN_ALL or split in OF_ALL else [pytest.mark.slow])
+        for mixer in ("basic", "lightning", "gla", "gated_delta_net", "kda", "mom")
+        for split in SPLITS
+    ],
+)
+def test_losses_and_gradients_are_those_of_one_rank(mixer: str, split: str) -> None:
+    check("LLLN", LaspOptions(mixer=mixer), SPLITS[split])
+
+
+@pytest.mark.parametrize("mixer", ["retention", "simple_gla", "hgrn2", "delta_net"])
+def test_every_mixer(mixer: str) -> None:
+    check("LN", LaspOptions(mixer=mixer), SPLITS["cp2 tp2 sequence-parallel"])
+
+
+def test_keys_that_all_heads_share() -> None:
+    """Fewer heads of keys than tensor-parallel ranks: each has them all, and the gradients of all are summed."""
+    check("LN", LaspOptions(mixer="gated_delta_net", key_heads=1), SPLITS["cp2 tp2"])
+
+
+@pytest.mark.parametrize("mixer", ["gated_delta_net", "mom"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        Split(cp=2, distributed=True),
+        Split(cp=2, tp=2, sequence_parallel=True, distributed=True),
+        Split(cp=2, pp=2, vpp=2),
+        Split(cp=2, tp=2, config=FULL_RECOMPUTE),
+        Split(tp=2, pp=2, config=SELECTIVE_RECOMPUTE),
+        Split(cp=2, documents=DOCUMENTS),
+        Split(cp=4, documents=DOCUMENTS),
+        Split(cp=2, tp=2, sequence_parallel=True, documents=DOCUMENTS),
+    ],
+    ids=[
+        "distributed optimizer", "distributed optimizer, sequence-parallel", "virtual pipeline", "full recompute",
+        "selective recompute", "packed cp2", "packed cp4", "packed cp2 tp2 sequence-parallel",
+    ],
+)  # fmt: skip
+def test_with_what_else_there_is(mixer: str, split: Split) -> None:
+    check("LLLN", LaspOptions(mixer=mixer), split)
+
+
+@pytest.mark.parametrize("exchange", ["all-gather", "ring", "pipelined", "scan", "two-level"])
+def test_every_exchange(exchange: str) -> None:
+    check("LLLN", LaspOptions(exchange=exchange), Split(cp=4))
+
+
+@pytest.mark.parametrize("softmax_sp", ["all-gather", "ring", "ulysses"])
+def test_every_way_of_softmax(softmax_sp: str) -> None:
+    check("LLLN", LaspOptions(softmax_sp=softmax_sp), Split(cp=4))
