@@ -32,7 +32,7 @@ test-ranks: export OMP_NUM_THREADS = 1
 test-ranks: export OMPI_ALLOW_RUN_AS_ROOT = 1
 test-ranks: export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 test-ranks: .venv/ready
-	$(BIN)/mpirun --oversubscribe -n 4 $(BIN)/python -m pytest --with-mpi -m "mpi and $(if $(ALL),True,not slow)" -x
+	$(BIN)/mpirun --oversubscribe -n 4 $(BIN)/python -m pytest --with-mpi -m "mpi$(if $(ALL),, and not slow)" -x
 
 .venv/ready: pyproject.toml requirements/pinned.txt requirements/engines.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -57,12 +57,11 @@ class Split:
 
 @dataclass
 class Run:
-    """What a run gave, of all steps: losses, norms of gradients; and the model's weights before and after, of this rank."""
+    """What a run gave, of all steps: losses, norms of gradients; and the weights that it began with, of this rank."""
 
     losses: list[float]
     norms: list[float]
     begun: dict[str, Tensor]
-    ended: dict[str, Tensor]
 
 
 #: What Megatron knows of its groups, by split.
@@ -98,6 +97,7 @@ def configuration(split: Split) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=split.vpp, sequence_parallel=split.sequence_parallel,
         pipeline_dtype=torch.float32, batch_p2p_sync=False, attention_dropout=0.0, hidden_dropout=0.0,
         normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
+        hetereogenous_dist_checkpoint=True,
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, finalize_model_grads_func=finalize_model_grads, **split.config,
     )  # fmt: skip
@@ -121,8 +121,8 @@ def chunks(split: Split, pattern: str, options: LaspOptions) -> list[GPTModel]:
     return made
 
 
-def train(split: Split, pattern: str, options: LaspOptions, weights: dict[str, Tensor] | None = None) -> Run:
-    """Train on all ranks.
+class Training:
+    """A model, wrapped, and its optimizer: within `megatron` of the same split.
 
     Args:
         split: of the ranks.
@@ -130,47 +130,74 @@ def train(split: Split, pattern: str, options: LaspOptions, weights: dict[str, T
         options: the plug-in's.
         weights: what the whole model begins with, as `Run.begun` of a run on one rank has it; its own when None.
     """
-    with megatron(split):
-        models = chunks(split, pattern, options)
-        config = models[0].config
+
+    def __init__(
+        self, split: Split, pattern: str, options: LaspOptions, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        self.split, self.models = split, chunks(split, pattern, options)
         if weights is not None:
-            for model in models:
+            for model in self.models:
                 load(model, weights)
-        begun = {name: p.detach().clone() for model in models for name, p in _named(model)}
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=split.distributed, overlap_grad_reduce=split.distributed, bucket_size=4096
         )
-        wrapped = [
-            DistributedDataParallel(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)
+        config = self.models[0].config
+        self.wrapped = [
+            DistributedDataParallel(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(self.models)
         ]
-        optimizer = get_megatron_optimizer(
+        # What Adam divides by is kept away from 0: else rounding decides on the steps of weights that have no gradient.
+        self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam", lr=2e-3, adam_eps=1e-5, use_distributed_optimizer=split.distributed, clip_grad=1.0
+                optimizer="adam", lr=2e-3, adam_eps=1e-5, clip_grad=1.0, use_distributed_optimizer=split.distributed
             ),
-            wrapped,
+            self.wrapped,
         )
-        config.grad_scale_func = optimizer.scale_loss
+        config.grad_scale_func = self.optimizer.scale_loss
         if split.distributed:
-            config.no_sync_func = [model.no_sync for model in wrapped] if split.vpp else wrapped[0].no_sync
-        schedule = get_forward_backward_func()
-        data = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        losses, norms = [], []
-        for step in range(STEPS):
-            for model in wrapped:
-                model.zero_grad_buffer()
-            optimizer.zero_grad()
-            own = range(data[0], SEQUENCES, data[1]) if data[1] <= SEQUENCES else range(SEQUENCES)
-            batches = [batch(step, i, split) for i in own]
-            found = schedule(
-                forward_step_func=_forward, data_iterator=[iter(batches) for _ in wrapped] if split.vpp else iter(batches),
-                model=wrapped if split.vpp else wrapped[0], num_microbatches=len(batches), seq_length=TOKENS,
-                micro_batch_size=1, forward_only=False,
-            )  # fmt: skip
-            _, norm, _ = optimizer.step()
-            norms.append(float(norm))
-            losses.append(_mean([row["loss"] for row in found]))
-        ended = {name: p.detach().clone() for model in models for name, p in _named(model)}
-    return Run(losses, norms, begun, ended)
+            config.no_sync_func = [m.no_sync for m in self.wrapped] if split.vpp else self.wrapped[0].no_sync
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of this rank's, by what they are called in the whole model."""
+        return {name: p.detach().clone() for model in self.models for name, p in _named(model)}
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Train on a step's sequences: the loss and the gradient's norm."""
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for model in self.wrapped:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        own = range(rank, SEQUENCES, size) if size <= SEQUENCES else range(SEQUENCES)
+        batches = [batch(step, i, self.split) for i in own]
+        found = get_forward_backward_func()(
+            forward_step_func=_forward,
+            data_iterator=[iter(batches) for _ in self.wrapped] if self.split.vpp else iter(batches),
+            model=self.wrapped if self.split.vpp else self.wrapped[0],
+            num_microbatches=len(batches),
+            seq_length=TOKENS,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        _, norm, _ = self.optimizer.step()
+        return _mean([row["loss"] for row in found]), float(norm)
+
+    def sharded_state(self, loading: bool) -> dict[str, Any]:
+        """What Megatron's checkpoints hold."""
+        model = self.models[0].sharded_state_dict()
+        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what was loaded."""
+        self.models[0].load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def train(split: Split, pattern: str, options: LaspOptions, weights: dict[str, Tensor] | None = None) -> Run:
+    """Train on all ranks; the arguments are those of `Training`."""
+    with megatron(split):
+        training = Training(split, pattern, options, weights)
+        begun = training.weights()
+        losses, norms = zip(*(training.step(step) for step in range(STEPS)), strict=True)
+    return Run(list(losses), list(norms), begun)
 
 
 def _mean(losses: list[Tensor]) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("megatron.core")
 
@@ -14,8 +16,10 @@ with warnings.catch_warnings():
     from tests.integrations.megatron_cpu import use_cpu
 
     use_cpu()
+    from megatron.core import dist_checkpointing
+
     from lasp.integrations.megatron import LaspOptions
-    from tests.integrations.megatron_run import Run, Split, alone, train
+    from tests.integrations.megatron_run import STEPS, Run, Split, Training, alone, megatron, train
 
 pytestmark = [
     pytest.mark.mpi(min_size=4),
@@ -114,3 +118,29 @@ def test_every_exchange(exchange: str) -> None:
 @pytest.mark.parametrize("softmax_sp", ["all-gather", "ring", "ulysses"])
 def test_every_way_of_softmax(softmax_sp: str) -> None:
     check("LLLN", LaspOptions(softmax_sp=softmax_sp), Split(cp=4))
+
+
+@pytest.mark.parametrize("mixer", ["lightning", "gated_delta_net", "kda", "mom"])
+def test_a_checkpoint_goes_on_under_another_split(mixer: str, tmp_path: Path) -> None:
+    options, written, steps = LaspOptions(mixer=mixer), Split(tp=2, cp=2), 2
+    folder = broadcast(str(tmp_path))
+    want = reference("LLLN", options, written)
+    with megatron(written):
+        training = Training(written, "LLLN", options, want.begun)
+        for step in range(steps):
+            training.step(step)
+        dist_checkpointing.save(training.sharded_state(False), folder)
+    for split in (Split(pp=2), Split()):
+        with megatron(split):
+            training = Training(split, "LLLN", options)
+            training.restore(dist_checkpointing.load(training.sharded_state(True), folder))
+            losses, norms = zip(*(training.step(step) for step in range(steps, STEPS)), strict=True)
+        assert losses == pytest.approx(want.losses[steps:], rel=1e-5)
+        assert norms == pytest.approx(want.norms[steps:], rel=1e-5)
+
+
+def broadcast(value: str) -> str:
+    """Rank 0's, on all ranks."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
