@@ -138,7 +138,7 @@ class LinearCore(Core):
             config.kv_channels * self.heads, self.heads // parts, gated=False, part=part,
             key_width=config.kv_channels, value_width=config.kv_channels, feature_map=self.options.feature_map,
             layer_idx=self.layer_number - 1, num_layers=config.num_layers,
-            rope_theta=float(getattr(config, "rotary_base", 10000.0)), norm_eps=config.layernorm_epsilon,
+            rope_theta=self.options.rope_theta, norm_eps=config.layernorm_epsilon,
         )  # fmt: skip
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(mixer, name, _Given())

@@ -66,7 +66,6 @@ class LaspMixer(MegatronModule):
             "part": part,
             "layer_idx": self.layer_number - 1,
             "num_layers": config.num_layers,
-            "rope_theta": float(getattr(config, "rotary_base", 10000.0)),
             "norm_eps": config.layernorm_epsilon,
         }
         if options.key_width is None and parts > 1:

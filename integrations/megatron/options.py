@@ -35,6 +35,7 @@ class LaspOptions:
         key_heads: heads of the linear layers' queries and keys; the mixer's own when None.
         key_width: of a head's queries and keys in the linear layers; the mixer's own when None.
         value_width: of a head's values in the linear layers; the mixer's own when None.
+        rope_theta: base of the rotation, for mixers that rotate.
         sp: the method, as `lasp.SequenceParallel` takes it; "none" where no sequence is shared.
         exchange: how states travel, likewise.
         softmax_sp: how the softmax layers' keys and values travel, likewise.
@@ -55,6 +56,7 @@ class LaspOptions:
     key_heads: int | None = None
     key_width: int | None = None
     value_width: int | None = None
+    rope_theta: float = 10000.0
     sp: str = "lasp2"
     exchange: str = "auto"
     softmax_sp: str = "auto"
@@ -124,7 +126,7 @@ class LaspOptions:
 
     def mixer_options(self) -> dict[str, Any]:
         """Those that a mixer takes."""
-        names = ("feature_map", "conv_size", "key_heads", "key_width", "value_width")
+        names = ("feature_map", "conv_size", "key_heads", "key_width", "value_width", "rope_theta")
         return {name: getattr(self, name) for name in names}
 
 

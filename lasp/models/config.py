@@ -34,6 +34,7 @@ class LinearLlama3Config:
         shared_memory: whether it has one more, for all tokens.
         feature_map: of the linear mixer, a name in `lasp.layers.FEATURE_MAPS`; the mixer's own when None.
         conv_size: width of the linear mixer's short convolution; 0 for none, the mixer's own when None.
+        gated: whether the linear mixer's output is gated; as the mixer is when None.
         window: how many tokens a softmax layer's token sees; all when None.
         rope_theta: base of the rotary positions.
         norm_eps: of all norms.
@@ -57,6 +58,7 @@ class LinearLlama3Config:
     shared_memory: bool = True
     feature_map: str | None = None
     conv_size: int | None = None
+    gated: bool | None = None
     window: int | None = None
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5

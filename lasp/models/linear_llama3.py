@@ -61,6 +61,7 @@ def _mixer(config: LinearLlama3Config, layer_idx: int) -> nn.Module:
         "num_layers": config.layers,
         "feature_map": config.feature_map,
         "conv_size": config.conv_size,
+        "gated": config.gated,
         "rope_theta": config.rope_theta,
         "norm_eps": config.norm_eps,
     }

@@ -72,6 +72,8 @@ class Options:
     """Width of the MLP. The preset's if not given."""
     conv_size: int | None = None
     """Width of the linear mixer's short convolution; 0 for none. The preset's, or else the mixer's, if not given."""
+    gated: bool | None = None
+    """Whether the linear mixer's output is gated. As the mixer is if not given."""
     window: int | None = None
     """How many tokens a token of a softmax layer sees. All before it if not given."""
 

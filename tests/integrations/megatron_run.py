@@ -209,12 +209,16 @@ def _mean(losses: list[Tensor]) -> float:
     return (total[0] / total[1]).item()
 
 
+def tokens_of(step: int, index: int) -> Tensor:
+    """A sequence and the token after it. Each token follows from those before: something can be learnt."""
+    random = torch.Generator().manual_seed(1000 * step + index)
+    start, along = torch.randint(0, VOCABULARY, (1, 1), generator=random), torch.arange(TOKENS + 1)
+    return (start + 5 * along + along // 9) % VOCABULARY
+
+
 def batch(step: int, index: int, split: Split) -> dict[str, Any]:
     """This rank's tokens of a sequence."""
-    random = torch.Generator().manual_seed(1000 * step + index)
-    # Each token follows from the one before: something can be learnt.
-    start = torch.randint(0, VOCABULARY, (1, 1), generator=random)
-    tokens = (start + 5 * torch.arange(TOKENS + 1) + torch.arange(TOKENS + 1) // 9) % VOCABULARY
+    tokens = tokens_of(step, index)
     cp, rank = split.cp, parallel_state.get_context_parallel_rank()
     if split.documents is None:
         layout, packed = SequenceLayout.zigzag(TOKENS, cp), None

@@ -7,7 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+
+from lasp import SequenceLayout
+from lasp.models import LinearLlama3, LinearLlama3Config
+from tests.support import relative_error
 
 pytest.importorskip("megatron.core")
 
@@ -16,10 +21,28 @@ with warnings.catch_warnings():
     from tests.integrations.megatron_cpu import use_cpu
 
     use_cpu()
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
-    from lasp.integrations.megatron import LaspOptions
-    from tests.integrations.megatron_run import STEPS, Run, Split, Training, alone, megatron, train
+    from lasp.integrations.megatron import LaspOptions, from_megatron, to_megatron
+    from lasp.integrations.megatron.options import CORES
+    from tests.integrations.megatron_run import (
+        HEADS,
+        HIDDEN,
+        LAYERS,
+        STEPS,
+        TOKENS,
+        VOCABULARY,
+        Run,
+        Split,
+        Training,
+        alone,
+        batch,
+        chunks,
+        load,
+        megatron,
+        tokens_of,
+        train,
+    )  # fmt: skip
 
 pytestmark = [
     pytest.mark.mpi(min_size=4),
@@ -137,6 +160,32 @@ def test_a_checkpoint_goes_on_under_another_split(mixer: str, tmp_path: Path) ->
             losses, norms = zip(*(training.step(step) for step in range(steps, STEPS)), strict=True)
         assert losses == pytest.approx(want.losses[steps:], rel=1e-5)
         assert norms == pytest.approx(want.norms[steps:], rel=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["basic", "lightning", "retention", "gla", "gated_delta_net", "kda", "mamba2", "mom"])
+def test_weights_go_to_this_project_s_model_and_back(mixer: str) -> None:
+    """The same logits, of one rank and of two that share the sequence."""
+    theta = 10000.0  # Megatron's own
+    config = LinearLlama3Config(
+        vocabulary=VOCABULARY, hidden=HIDDEN, layers=LAYERS, heads=HEADS, intermediate=48, mixer=mixer, rope_theta=theta,
+        gated=False if mixer in CORES else None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LinearLlama3(config)
+    weights = to_megatron(model.state_dict(), config)
+    back = from_megatron(weights, config)
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
+    want = model(tokens_of(0, 0)[:, :-1])
+    for split in (Split(), Split(cp=2)):
+        with megatron(split):
+            here = chunks(split, "LLLN", LaspOptions(mixer=mixer))[0]
+            load(here, weights)
+            given = batch(0, 0, split)
+            logits = here(given["input_ids"], given["position_ids"], None)
+            parts = [torch.empty_like(logits) for _ in range(split.cp)]
+            dist.all_gather(parts, logits, group=parallel_state.get_context_parallel_group())
+            assert relative_error(SequenceLayout.zigzag(TOKENS, split.cp).unshard(parts), want) < 1e-5
 
 
 def broadcast(value: str) -> str:
