@@ -5,8 +5,16 @@ context-parallel group is the group that shares sequences, in the zigzag order i
 """
 
 from lasp.integrations.megatron.arguments import add_lasp_args, options_of
-from lasp.integrations.megatron.convert import from_megatron, to_megatron
+from lasp.integrations.megatron.convert import from_megatron, load_whole, to_megatron
 from lasp.integrations.megatron.options import LaspOptions
 from lasp.integrations.megatron.specs import lasp_layer_specs
 
-__all__ = ["LaspOptions", "add_lasp_args", "from_megatron", "lasp_layer_specs", "options_of", "to_megatron"]
+__all__ = [
+    "LaspOptions",
+    "add_lasp_args",
+    "from_megatron",
+    "lasp_layer_specs",
+    "load_whole",
+    "options_of",
+    "to_megatron",
+]

@@ -2,49 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from torch import Tensor
 
-from lasp.integrations.megatron.options import LaspOptions
 from lasp.layers import MixtureOfMemories, balance
 
+if TYPE_CHECKING:
+    from lasp.integrations.megatron.mixer import LaspMixer
 
-def balanced(
-    y: Tensor,
-    mixture: MixtureOfMemories,
-    config: TransformerConfig,
-    options: LaspOptions,
-    layer_number: int,
-    tp_group: dist.ProcessGroup,
-    cp_group: dist.ProcessGroup,
-) -> Tensor:
-    """y as it is, whose backward starts that of the losses of what the mixture chose.
+
+def balanced(y: Tensor, layer: LaspMixer) -> Tensor:
+    """y as it is, whose backward starts that of the losses of what the layer's mixture chose.
 
     The tokens of a micro-batch are balanced, over all context-parallel ranks; tensor-parallel ranks, which all choose alike,
     have a share each. The losses, before their weights, go to Megatron's tracker of such.
 
     Args:
         y: the layer's output.
-        mixture: which has chosen.
-        config: Megatron's.
-        options: the losses' weights.
-        layer_number: from 1.
-        tp_group: the tensor-parallel ranks.
-        cp_group: the context-parallel ranks.
+        layer: whose mixture has chosen.
     """
-    assert mixture.routing is not None
-    found = balance([mixture.routing], cp_group if cp_group.size() > 1 else None)
-    loss = (options.balance * found.loss + options.z_loss * found.z_loss) / config.num_layers
+    config, options, cp_group = layer.config, layer.options, layer.cp_group
+    assert isinstance(layer.mixer, MixtureOfMemories)
+    assert layer.mixer.routing is not None
+    found = balance([layer.mixer.routing], cp_group if cp_group.size() > 1 else None)
+    loss = (options.balance * found.loss + options.z_loss * found.z_loss) / layer.linear_layers
     for name, share in (("mom_balance_loss", found.loss), ("mom_z_loss", found.z_loss)):
-        save_to_aux_losses_tracker(name, share, layer_number, config.num_layers, reduce_group=cp_group)
+        save_to_aux_losses_tracker(name, share, layer.layer_number, config.num_layers, reduce_group=cp_group)
     if config.num_moe_experts is None:
         # Megatron's schedules set it where there are experts.
         MoEAuxLossAutoScaler.set_loss_scale(_loss_scale(config, cp_group.size(), y.device))
-    scaled: Tensor = MoEAuxLossAutoScaler.apply(y, loss / tp_group.size())
+    scaled: Tensor = MoEAuxLossAutoScaler.apply(y, loss / layer.tp_group.size())
     return scaled
 
 

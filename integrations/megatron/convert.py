@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from megatron.core import parallel_state
+from torch import Tensor, nn
 
 from lasp.integrations.megatron.options import CORES
 from lasp.models import LinearLlama3Config
 
 #: Of a projection in Megatron, what of it is the gate's, a key's, ... in this project; what stands in one tensor.
 QKV, FC1 = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+#: What Megatron's names of layers' parameters begin with.
+LAYER = "decoder.layers."
 
 
 def to_megatron(
@@ -64,6 +67,35 @@ def from_megatron(
     for name in ("embedding.weight", "head.weight"):
         found[name] = found[name][: config.vocabulary] if name in found else found["embedding.weight"]
     return found
+
+
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a `GPTModel`, or a pipeline stage's part of one, this rank's part of the whole model's weights.
+
+    Args:
+        model: on any rank.
+        weights: what `to_megatron` gives.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    with torch.no_grad():
+        for name, parameter in named_in_whole(model):
+            value = weights[name]
+            if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
+                axis = parameter.partition_dim  # type: ignore[attr-defined]
+                # Gates and values of an MLP stand one after the other, on each rank too.
+                parts = value.chunk(2, axis) if name.endswith("linear_fc1.weight") else (value,)
+                value = torch.cat([part.chunk(group.size(), axis)[group.rank()] for part in parts], axis)
+            parameter.copy_(value)
+
+
+def named_in_whole(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by what they are called in the whole model, of which a pipeline stage counts its layers from 0."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(LAYER):
+            index, _, rest = name.removeprefix(LAYER).partition(".")
+            number = model.get_submodule(LAYER + index).layer_number
+            name = f"{LAYER}{int(number) - 1}.{rest}"  # type: ignore[arg-type]
+        yield name, parameter
 
 
 def _check(config: LinearLlama3Config) -> None:

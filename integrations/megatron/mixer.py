@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from lasp.integrations.megatron.balance import balanced
 from lasp.integrations.megatron.options import LaspOptions
 from lasp.integrations.megatron.sharing import sequence_of
-from lasp.integrations.megatron.tensor_parallel import head_axes, part_of
+from lasp.integrations.megatron.tensor_parallel import entered, head_axes, part_of
 from lasp.layers import MixtureOfMemories, mixer_type
 from lasp.models import MIXTURE
 
@@ -35,6 +32,7 @@ class LaspMixer(MegatronModule):
         pg_collection: the groups; Megatron's global ones when None.
         cp_comm_type: not used: how states travel is `options.exchange`.
         options: the mixer, and how sequences are shared.
+        linear_layers: how many of them the model has: the losses of mixtures are a mean over layers.
     """
 
     def __init__(
@@ -44,10 +42,11 @@ class LaspMixer(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         cp_comm_type: str | None = None,
         options: LaspOptions | None = None,
+        linear_layers: int = 1,
     ):
         super().__init__(config=config)
         self.options = options or LaspOptions()
-        self.layer_number = layer_number
+        self.layer_number, self.linear_layers = layer_number, linear_layers
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.heads = config.num_attention_heads
@@ -106,12 +105,12 @@ class LaspMixer(MegatronModule):
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
-            x = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+            x = entered(hidden_states, self.tp_group)
         x = x.transpose(0, 1)
         sp = sequence_of(self.cp_group, x.shape[1], packed_seq_params, self.options)
         y = self.mixer(x, sp=sp).transpose(0, 1)
         if isinstance(self.mixer, MixtureOfMemories) and self.training and torch.is_grad_enabled():
-            y = balanced(y, self.mixer, self.config, self.options, self.layer_number, self.tp_group, self.cp_group)
+            y = balanced(y, self)
         return y, None
 
     def sharded_state_dict(

@@ -51,7 +51,7 @@ def lasp_layer_specs(
         options = replace(options, mixer=mixer)
     kinds = _kinds(config, pattern)
     options.check(config, "L" in kinds)
-    specs = {kind: _layer(config, kind, options, use_transformer_engine) for kind in set(kinds)}
+    specs = {kind: _layer(config, kind, kinds.count(kind), options, use_transformer_engine) for kind in set(kinds)}
     layers = [specs[kind] for kind in kinds]
     if config.pipeline_model_parallel_layout is not None:
         from megatron.core.transformer.enums import LayerType
@@ -83,8 +83,8 @@ def _kinds(config: TransformerConfig, pattern: str | None) -> str:
     return (pattern * config.num_layers)[: config.num_layers]
 
 
-def _layer(config: TransformerConfig, kind: str, options: LaspOptions, engine: bool) -> ModuleSpec:
-    """Megatron's layer, with another attention."""
+def _layer(config: TransformerConfig, kind: str, count: int, options: LaspOptions, engine: bool) -> ModuleSpec:
+    """Megatron's layer, with another attention; there are `count` of the kind."""
     given: dict[str, Any] = {
         "num_experts": config.num_moe_experts,
         "moe_grouped_gemm": config.moe_grouped_gemm,
@@ -99,7 +99,7 @@ def _layer(config: TransformerConfig, kind: str, options: LaspOptions, engine: b
     if not engine:
         layer.input_layernorm = layer.pre_mlp_layernorm = norm
     if kind == "L" and options.mixer not in CORES:
-        layer.self_attention = ModuleSpec(module=LaspMixer, params=params)
+        layer.self_attention = ModuleSpec(module=LaspMixer, params={**params, "linear_layers": count})
         # In Transformer Engine's layer the projection of queries, keys and values has the norm within.
         layer.input_layernorm = norm
     else:

@@ -60,7 +60,8 @@ class FromHeads(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, in / ranks]`` to ``[B, T, out]``, of Megatron's sequence parallelism this rank's tokens."""
-        y: Tensor = super().forward(x.transpose(0, 1))[0]
+        # Contiguous: else Megatron would sum a copy, and give back what was not summed.
+        y: Tensor = super().forward(x.transpose(0, 1).contiguous())[0]
         return y.transpose(0, 1)
 
 
@@ -84,6 +85,26 @@ class NormOfAllHeads(nn.Module):
         if gate is not None:
             normed = normed * GATES[self.activation](at_least_float32(gate))
         return normed.to(x.dtype)
+
+
+def entered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x, alike on all ranks, of whose gradient each has a share: they are summed."""
+    y: Tensor = _Entered.apply(x, group) if group.size() > 1 else x
+    return y
+
+
+class _Entered(torch.autograd.Function):
+    # Megatron's function of the kind gives a gradient that is not contiguous back as it came: unsummed.
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _sum(dy, ctx.group), None
 
 
 class _Summed(torch.autograd.Function):

@@ -41,7 +41,9 @@ class Gradients:
 
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients to a global norm of at most `limit`; their norm before, without waiting for the device."""
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(buffer) for buffer in self.buffers]))
+        # In float32 the sum over ten million numbers would be off by 4e-4 on a CPU.
+        norms = [torch.linalg.vector_norm(buffer, dtype=torch.float64) for buffer in self.buffers]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).to(self.buffers[0].dtype)
         factor = (limit / norm.clamp(min=1e-12)).clamp(max=1)
         for buffer in self.buffers:
             buffer.mul_(factor)

@@ -84,7 +84,7 @@ class Trainer:
         self.gradients.sum_over(self.everyone)
         norm = self.gradients.clip(self.options.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.done)
+            group["lr"] = learning_rate(self.options, self.done)
         self.optimizer.step()
         self.done += 1
 
@@ -130,14 +130,6 @@ class Trainer:
         inputs, targets = (self.layout.shard(x, self.sp_rank).to(self.device, non_blocking=True) for x in whole)
         return inputs, targets
 
-    def learning_rate(self, step: int) -> float:
-        """Linear from 0 over the warm-up, then along a cosine to a tenth of the peak."""
-        options = self.options
-        if step < options.warmup:
-            return options.lr * (step + 1) / options.warmup
-        way = (step - options.warmup) / max(1, options.steps - options.warmup)
-        return options.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * way)))
-
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def train(self) -> str | None:
@@ -182,7 +174,7 @@ class Trainer:
                 step + 1,
                 (step + 1) * self.tokens,
                 speed,
-                self.learning_rate(step),
+                learning_rate(self.options, step),
             )
             for step, figures in enumerate(values, first)
         ]
@@ -214,3 +206,11 @@ class Trainer:
                 f"{was.get('preset')}, --mixer {was.get('mixer')}, --pattern {was.get('pattern')})"
             ) from error
         self.done = state["step"]
+
+
+def learning_rate(options: Options, step: int) -> float:
+    """That of a step, from 0: linear from 0 over the warm-up, then along a cosine to a tenth of the peak."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    way = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * way)))

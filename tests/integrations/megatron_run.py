@@ -25,7 +25,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from lasp import SequenceLayout
-from lasp.integrations.megatron import LaspOptions, lasp_layer_specs
+from lasp.integrations.megatron import LaspOptions, lasp_layer_specs, load_whole
+from lasp.integrations.megatron.convert import named_in_whole
 
 VOCABULARY, HIDDEN, HEADS, LAYERS, TOKENS, SEQUENCES, STEPS = 64, 32, 4, 4, 64, 2, 5
 
@@ -41,6 +42,7 @@ class Split:
         vpp: virtual stages of each.
         sequence_parallel: Megatron's own.
         distributed: whether the optimizer's state is.
+        rows: sequences of a micro-batch.
         documents: boundaries of packed documents.
         config: more of Megatron's configuration.
     """
@@ -51,6 +53,7 @@ class Split:
     vpp: int | None = None
     sequence_parallel: bool = False
     distributed: bool = False
+    rows: int = 1
     documents: tuple[int, ...] | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -81,7 +84,8 @@ def megatron(split: Split) -> Iterator[None]:
     state.update(_groups[key])
     data = parallel_state.get_data_parallel_world_size()
     # More data-parallel ranks than sequences: each has them all.
-    init_num_microbatches_calculator(dist.get_rank(), None, SEQUENCES, 1, data if data <= SEQUENCES else 1)
+    data = data if data * split.rows <= SEQUENCES else 1
+    init_num_microbatches_calculator(dist.get_rank(), None, SEQUENCES, split.rows, data)
     try:
         model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
         yield
@@ -137,7 +141,7 @@ class Training:
         self.split, self.models = split, chunks(split, pattern, options)
         if weights is not None:
             for model in self.models:
-                load(model, weights)
+                load_whole(model, weights)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=split.distributed, overlap_grad_reduce=split.distributed, bucket_size=4096
         )
@@ -158,7 +162,7 @@ class Training:
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of this rank's, by what they are called in the whole model."""
-        return {name: p.detach().clone() for model in self.models for name, p in _named(model)}
+        return {name: p.detach().clone() for model in self.models for name, p in named_in_whole(model)}
 
     def step(self, step: int) -> tuple[float, float]:
         """Train on a step's sequences: the loss and the gradient's norm."""
@@ -166,7 +170,9 @@ class Training:
         for model in self.wrapped:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        own = range(rank, SEQUENCES, size) if size <= SEQUENCES else range(SEQUENCES)
+        rows = self.split.rows
+        alone = size * rows > SEQUENCES
+        own = range(0, SEQUENCES, rows) if alone else range(rows * rank, SEQUENCES, rows * size)
         batches = [batch(step, i, self.split) for i in own]
         found = get_forward_backward_func()(
             forward_step_func=_forward,
@@ -174,7 +180,7 @@ class Training:
             model=self.wrapped if self.split.vpp else self.wrapped[0],
             num_microbatches=len(batches),
             seq_length=TOKENS,
-            micro_batch_size=1,
+            micro_batch_size=rows,
             forward_only=False,
         )
         _, norm, _ = self.optimizer.step()
@@ -217,8 +223,8 @@ def tokens_of(step: int, index: int) -> Tensor:
 
 
 def batch(step: int, index: int, split: Split) -> dict[str, Any]:
-    """This rank's tokens of a sequence."""
-    tokens = tokens_of(step, index)
+    """This rank's tokens of a micro-batch's sequences, from that one on."""
+    tokens = torch.cat([tokens_of(step, index + row) for row in range(split.rows)])
     cp, rank = split.cp, parallel_state.get_context_parallel_rank()
     if split.documents is None:
         layout, packed = SequenceLayout.zigzag(TOKENS, cp), None
@@ -228,7 +234,7 @@ def batch(step: int, index: int, split: Split) -> dict[str, Any]:
         longest = int(bounds.diff().max())
         packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
     inputs, labels = (layout.shard(x, rank) for x in (tokens[:, :-1], tokens[:, 1:]))
-    positions = layout.document_positions(rank)[None]
+    positions = layout.document_positions(rank).expand_as(inputs)
     return {"input_ids": inputs, "labels": labels, "position_ids": positions, "packed_seq_params": packed}
 
 
@@ -240,29 +246,6 @@ def _forward(data: Iterator[dict[str, Any]], model: Any) -> tuple[Tensor, Any]:
 def _loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     total, count = losses.float().sum(), torch.tensor(losses.numel(), dtype=torch.int)
     return total, count, {"loss": total.detach() / count}
-
-
-def _named(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters by what they are called in the whole model."""
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, index, rest = name.split(".", 3)
-            name = f"decoder.layers.{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
-        yield name, parameter
-
-
-def load(model: GPTModel, whole: dict[str, Tensor]) -> None:
-    """This rank's part of the whole model's weights."""
-    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    with torch.no_grad():
-        for name, parameter in _named(model):
-            value = whole[name]
-            if size > 1 and getattr(parameter, "tensor_model_parallel", False):
-                axis = parameter.partition_dim
-                # Gates and values of an MLP stand one after the other, on each rank too.
-                parts = value.chunk(2, axis) if "linear_fc1" in name else (value,)
-                value = torch.cat([part.chunk(size, axis)[rank] for part in parts], axis)
-            parameter.copy_(value)
 
 
 def alone(pattern: str, options: LaspOptions, split: Split) -> Run:

@@ -18,12 +18,12 @@ pytest.importorskip("megatron.core")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from tests.integrations.megatron_cpu import use_cpu
+    from lasp.launch.megatron_cpu import use_cpu
 
     use_cpu()
     from megatron.core import dist_checkpointing, parallel_state
 
-    from lasp.integrations.megatron import LaspOptions, from_megatron, to_megatron
+    from lasp.integrations.megatron import LaspOptions, from_megatron, load_whole, to_megatron
     from lasp.integrations.megatron.options import CORES
     from tests.integrations.megatron_run import (
         HEADS,
@@ -38,7 +38,6 @@ with warnings.catch_warnings():
         alone,
         batch,
         chunks,
-        load,
         megatron,
         tokens_of,
         train,
@@ -74,7 +73,7 @@ _runs: dict[object, Run] = {}
 
 
 def reference(pattern: str, options: LaspOptions, split: Split) -> Run:
-    key = pattern, options, split.documents
+    key = pattern, options, split.documents, split.rows
     if key not in _runs:
         _runs[key] = alone(pattern, options, split)
     return _runs[key]
@@ -120,13 +119,15 @@ def test_keys_that_all_heads_share() -> None:
         Split(cp=2, pp=2, vpp=2),
         Split(cp=2, tp=2, config=FULL_RECOMPUTE),
         Split(tp=2, pp=2, config=SELECTIVE_RECOMPUTE),
+        Split(tp=2, cp=2, rows=2),
+        Split(tp=2, pp=2, rows=2, sequence_parallel=True),
         Split(cp=2, documents=DOCUMENTS),
         Split(cp=4, documents=DOCUMENTS),
         Split(cp=2, tp=2, sequence_parallel=True, documents=DOCUMENTS),
     ],
     ids=[
         "distributed optimizer", "distributed optimizer, sequence-parallel", "virtual pipeline", "full recompute",
-        "selective recompute", "packed cp2", "packed cp4", "packed cp2 tp2 sequence-parallel",
+        "selective recompute", "rows", "rows sequence-parallel", "packed cp2", "packed cp4", "packed cp2 tp2 sequence-parallel",
     ],
 )  # fmt: skip
 def test_with_what_else_there_is(mixer: str, split: Split) -> None:
@@ -180,7 +181,7 @@ def test_weights_go_to_this_project_s_model_and_back(mixer: str) -> None:
     for split in (Split(), Split(cp=2)):
         with megatron(split):
             here = chunks(split, "LLLN", LaspOptions(mixer=mixer))[0]
-            load(here, weights)
+            load_whole(here, weights)
             given = batch(0, 0, split)
             logits = here(given["input_ids"], given["position_ids"], None)
             parts = [torch.empty_like(logits) for _ in range(split.cp)]

@@ -246,3 +246,14 @@ def test_a_rank_takes_its_tokens_of_the_whole_windows() -> None:
         mine = run.layout.positions(rank)
         assert torch.equal(run.batch(run.source, 0)[0], inputs[:, mine])
         assert torch.equal(run.batch(run.source, 0)[1], targets[:, mine])
+
+
+def test_the_norm_of_many_gradients_is_exact() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4_000_000))
+    flat = gradients.Gradients([parameter])
+    values = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0))
+    flat.buffers[0].copy_(values)
+    norm = flat.clip(1.0)
+    assert norm.item() == pytest.approx(values.double().norm().item(), rel=1e-6)
+    assert parameter.grad is not None
+    assert parameter.grad.double().norm().item() == pytest.approx(1.0, rel=1e-6)

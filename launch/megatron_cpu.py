@@ -54,17 +54,25 @@ def use_cpu() -> None:
             return "torch.cuda." + name_of(self).removeprefix("torch.").removeprefix("cuda.")
         return name_of(self, dtype, *args, **options)
 
-    torch.cuda.current_device = current_device
-    torch.cuda.synchronize = _nothing
-    torch.cuda.get_rng_state = _state
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.Stream = _Stream
-    torch.cuda.current_stream = torch.cuda.default_stream = torch.cuda.stream = _Stream
-    torch.Tensor.cuda = torch.nn.Module.cuda = _itself
-    torch.Tensor.type = kind
-    dist.barrier = lambda group=None, **_: barrier(group=group)
-    megatron_random._get_cuda_rng_state = _state
-    megatron_random._set_cuda_rng_state = _set_state
+    replaced: dict[Any, dict[str, Any]] = {
+        torch.cuda: {
+            "current_device": current_device,
+            "synchronize": _nothing,
+            "get_rng_state": _state,
+            "manual_seed": torch.manual_seed,
+            "Stream": _Stream,
+            "current_stream": _Stream,
+            "default_stream": _Stream,
+            "stream": _Stream,
+        },
+        torch.Tensor: {"cuda": _itself, "type": kind},
+        torch.nn.Module: {"cuda": _itself},
+        dist: {"barrier": lambda group=None, **_: barrier(group=group)},
+        megatron_random: {"_get_cuda_rng_state": _state, "_set_cuda_rng_state": _set_state},
+    }
+    for owner, names in replaced.items():
+        for name, value in names.items():
+            setattr(owner, name, value)
     _OnCPU().__enter__()
 
 
