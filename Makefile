@@ -25,7 +25,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 test-one: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not mpi and not gpu" -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not mpi and not gpu$(if $(ALL),, and not slow)" -n auto --maxprocesses 8
 
 # Every rank runs every test; what ranks other than 0 print shows when they fail. After a failure ranks are out of step: -x.
 test-ranks: export OMP_NUM_THREADS = 1

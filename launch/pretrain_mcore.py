@@ -35,6 +35,7 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
@@ -179,6 +180,8 @@ class McoreTrainer:
             waits = [model.no_sync for model in self.models]
             self.config.no_sync_func = waits if options.vpp else waits[0]
         self.done = 0
+        if options.resume is not None:
+            self._resume(options.resume)
 
     def _chunk(self, stage: int) -> GPTModel:
         options, model = self.options, self.options.model()
@@ -223,7 +226,9 @@ class McoreTrainer:
             forward_only=False,
         )  # fmt: skip
         for group in self.optimizer.param_groups:
+            # Megatron's scheduler does both; left alone, what has one axis would decay too.
             group["lr"] = learning_rate(options, self.done)
+            group["weight_decay"] = options.weight_decay * group["wd_mult"]
         _, norm, _ = self.optimizer.step()
         self.done += 1
         # Only the last stage has losses: sums, and how many they are of.
@@ -246,8 +251,6 @@ class McoreTrainer:
     def train(self) -> str | None:
         """Train to the last step. Returns the closing line, on rank 0."""
         options = self.options
-        if options.resume is not None:
-            self._resume()
         speaks = dist.get_rank() == 0
         if speaks:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -283,15 +286,18 @@ class McoreTrainer:
         if dist.get_rank() == 0:
             (self.options.out / "latest").write_text(folder.name)
 
-    def _resume(self) -> None:
-        options = self.options
-        assert options.resume is not None
-        latest = options.out / "latest"
-        if options.resume == "auto" and not latest.is_file():
+    def _resume(self, resume: str) -> None:
+        latest = self.options.out / "latest"
+        if resume == "auto" and not latest.is_file():
             return
-        folder = options.out / latest.read_text() if options.resume == "auto" else Path(options.resume)
+        folder = self.options.out / latest.read_text() if resume == "auto" else Path(resume)
         if not folder.is_dir():
             raise ValueError(f"--resume {folder}: no such checkpoint")
+        if self.options.distributed_optimizer and not HAVE_APEX_OR_TE:
+            raise ValueError(
+                f"--resume {folder}: without Apex or Transformer Engine, Megatron's distributed optimizer has no state to load "
+                "into before its first step; train without --distributed-optimizer, or install one of them"
+            )
         state = dist_checkpointing.load(self._state(True), str(folder))
         for i, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[f"model{i}"])
