@@ -33,6 +33,7 @@ class LaspMixer(MegatronModule):
         cp_comm_type: not used: how states travel is `options.exchange`.
         options: the mixer, and how sequences are shared.
         linear_layers: how many of them the model has: the losses of mixtures are a mean over layers.
+        name: not used: what newer versions of Megatron call the layer.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class LaspMixer(MegatronModule):
         cp_comm_type: str | None = None,
         options: LaspOptions | None = None,
         linear_layers: int = 1,
+        name: str | None = None,  # noqa: ARG002
     ):
         super().__init__(config=config)
         self.options = options or LaspOptions()
