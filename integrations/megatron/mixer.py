@@ -44,7 +44,7 @@ class LaspMixer(MegatronModule):
         cp_comm_type: str | None = None,
         options: LaspOptions | None = None,
         linear_layers: int = 1,
-        name: str | None = None,  # noqa: ARG002
+        name: str | None = None,
     ):
         super().__init__(config=config)
         self.options = options or LaspOptions()
