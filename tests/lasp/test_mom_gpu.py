@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lasp import SequenceParallel
 from lasp.layers import MIXERS, MixtureOfMemories
 from tests.support import Inputs, assert_close, poisoned_memory
 
@@ -16,10 +17,16 @@ HIDDEN, HEADS, TOKENS = 64, 2, 300
 DOCUMENTS = {"rows": None, "packed": (0, 1, 140, 161, TOKENS)}
 
 
-def results(layer: nn.Module, x: Tensor, dy: Tensor, cu_seqlens: tuple[int, ...] | None) -> dict[str, Tensor]:
+def results(
+    layer: nn.Module,
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: tuple[int, ...] | None,
+    sp: SequenceParallel | None = None,
+) -> dict[str, Tensor]:
     x = x.detach().requires_grad_()
     named = dict(layer.named_parameters())
-    y = layer(x, cu_seqlens=cu_seqlens)
+    y = layer(x, sp=sp, cu_seqlens=cu_seqlens)
     found = torch.autograd.grad(y, [x, *named.values()], dy, allow_unused=True)
     return {"y": y.detach(), "x": found[0]} | {
         name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found[1:], strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lasp import SequenceParallel
+from lasp.layers import MixtureOfMemories
 from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import SOFTMAX
+from tests.lasp import test_mom_gpu
 from tests.parallel import test_attention, test_convolution
 from tests.parallel.test_exchange import NODES
 from tests.parallel.test_linear import OPS, TOLERANCE, run
 from tests.parallel.test_methods import without_states
-from tests.support import DOCUMENTS, LAYOUTS, TOKENS, assert_close
+from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -95,6 +98,30 @@ def _convolution(world: int) -> None:
                     _check(test_convolution.run(sp, documents, dtype, taps, "silu", device="cuda"), tolerance)
 
 
+def _mixtures(world: int) -> None:
+    """Whole layers in Triton's kernels against one rank's in float64: outputs and every gradient."""
+    for recurrence in ("basic", "gla", "gated_delta_net", "kda"):
+        torch.manual_seed(0)
+        layer = MixtureOfMemories(64, 4, recurrence=recurrence)
+        # Of one kind of number all choices are the same.
+        layer.router.bfloat16().float()
+        random = Inputs(1, torch.float32)
+        for layout in LAYOUTS.values():
+            for cu_seqlens in DOCUMENTS.values():
+                sp = SequenceParallel(dist.group.WORLD, layout(TOKENS, world, cu_seqlens))
+                x, dy = (random.normal(1 if cu_seqlens else 2, TOKENS, 64).bfloat16().float() for _ in range(2))
+                want = test_mom_gpu.results(deepcopy(layer).double(), x.double(), dy.double(), cu_seqlens)
+                here = deepcopy(layer).cuda()
+                own = [sp.layout.shard(part, sp.rank).cuda() for part in (x, dy)]
+                given = test_mom_gpu.results(here, own[0], own[1], None, sp)
+                for key, value in given.items():
+                    if key in ("y", "x"):
+                        want[key] = sp.layout.shard(want[key], sp.rank)
+                    else:
+                        dist.all_reduce(value)
+                assert_close({key: value.cpu() for key, value in given.items()}, want, 1e-4)
+
+
 def _check(results: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]], tolerance: float) -> None:
     given, wanted = results
     assert all(x.is_cuda for x in given.values())
@@ -102,6 +129,6 @@ def _check(results: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]], tol
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("check", [_linear, _exchanges, _methods, _softmax, _convolution])
+@pytest.mark.parametrize("check", [_linear, _exchanges, _methods, _softmax, _convolution, _mixtures])
 def test_every_op_on_every_layout(world: int, check: Callable[[int], None]) -> None:
     mp.spawn(_rank, (world, _port(), check), nprocs=world)
