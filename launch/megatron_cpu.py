@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,9 +39,11 @@ class _Stream:
         pass
 
 
-def use_cpu() -> None:
-    """For the rest of the process; once."""
-    if torch.cuda.is_available() or torch.cuda.current_device.__module__ == __name__:
+@contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Until the end of the block; with a CUDA device nothing changes."""
+    if torch.cuda.is_available():
+        yield
         return
     import megatron.core.tensor_parallel.random as megatron_random
 
@@ -70,10 +74,16 @@ def use_cpu() -> None:
         dist: {"barrier": lambda group=None, **_: barrier(group=group)},
         megatron_random: {"_get_cuda_rng_state": _state, "_set_cuda_rng_state": _set_state},
     }
+    before = [(owner, name, getattr(owner, name)) for owner, names in replaced.items() for name in names]
     for owner, names in replaced.items():
         for name, value in names.items():
             setattr(owner, name, value)
-    _OnCPU().__enter__()
+    try:
+        with _OnCPU():
+            yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

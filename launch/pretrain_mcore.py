@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 
 from lasp import SequenceLayout
-from lasp.launch.megatron_cpu import use_cpu
+from lasp.launch.megatron_cpu import megatron_on_cpu
 from lasp.models import LinearLlama3, LinearLlama3Config
 from lasp.parallel.mesh import launched_ranks, processes
 from lasp.training import Options, errors_in_one_line
@@ -321,9 +321,7 @@ def main() -> None:
     with errors_in_one_line(program):
         options = tyro.cli(McoreOptions, description=__doc__)
         options.check(launched_ranks())
-    if options.device_type() == "cpu":
-        use_cpu()
-    with processes(options.device_type()):
+    with processes(options.device_type()), megatron_on_cpu():
         with errors_in_one_line(program):
             trainer = McoreTrainer(options)
         closing = trainer.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +19,11 @@ pytest.importorskip("megatron.core")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from lasp.launch.megatron_cpu import use_cpu
-
-    use_cpu()
     from megatron.core import dist_checkpointing, parallel_state
 
     from lasp.integrations.megatron import LaspOptions, from_megatron, load_whole, to_megatron
     from lasp.integrations.megatron.options import CORES
+    from lasp.launch.megatron_cpu import megatron_on_cpu
     from tests.integrations.megatron_run import (
         HEADS,
         HIDDEN,
@@ -45,7 +44,7 @@ with warnings.catch_warnings():
 
 pytestmark = [
     pytest.mark.mpi(min_size=4),
-    pytest.mark.usefixtures("world"),
+    pytest.mark.usefixtures("world", "on_cpu"),
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -68,6 +67,13 @@ DOCUMENTS = (0, 8, 32, 40, 64)
 
 #: What is tried of each mixer where time is short, and which mixers in all.
 OF_ALL, IN_ALL = ("cp2 tp2 sequence-parallel", "cp2 pp2"), ("mom",)
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> Iterator[None]:
+    with megatron_on_cpu():
+        yield
+
 
 _runs: dict[object, Run] = {}
 
