@@ -155,7 +155,8 @@ def part_of(make: Make, heads: int, key_heads: int, config: TransformerConfig, g
         elif isinstance(module, PerMemory) and config.perform_initialization:
             with get_cuda_rng_tracker().fork():
                 config.init_method(module.weight)
-        elif isinstance(module, GatedRMSNorm) and module.groups == 1 < heads and size > 1:
+        elif isinstance(module, GatedRMSNorm) and f"{path}.weight" in axes and size > 1:
+            # Its weight counts heads: it is a norm of them all.
             mixer.set_submodule(path, NormOfAllHeads(module, group))
     for name, parameter in mixer.named_parameters():
         if name in axes:

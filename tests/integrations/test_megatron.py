@@ -111,6 +111,12 @@ def test_every_mixer(mixer: str) -> None:
     check("LN", LaspOptions(mixer=mixer), SPLITS["cp2 tp2 sequence-parallel"])
 
 
+@pytest.mark.parametrize("mixer", ["lightning", "gated_delta_net"])
+def test_one_head_a_rank(mixer: str) -> None:
+    """A norm of each head by itself stays one, and a norm of all heads is over all ranks."""
+    check("LN", LaspOptions(mixer=mixer), Split(tp=4))
+
+
 def test_keys_that_all_heads_share() -> None:
     """Fewer heads of keys than tensor-parallel ranks: each has them all, and the gradients of all are summed."""
     check("LN", LaspOptions(mixer="gated_delta_net", key_heads=1), SPLITS["cp2 tp2"])
