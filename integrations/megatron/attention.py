@@ -11,12 +11,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from lasp.integrations.megatron.options import LaspOptions
 from lasp.integrations.megatron.sharing import sequence_of
-from lasp.integrations.megatron.tensor_parallel import head_axes, part_of
+from lasp.integrations.megatron.tensor_parallel import HeadParallel
 from lasp.layers import LinearMixer, mixer_type
 from lasp.layers.passage import Passage
 from lasp.ops.softmax import softmax_attn
@@ -124,13 +124,13 @@ class _Projected(Passage):
     asked = projected
 
 
-class LinearCore(Core):
+class LinearCore(Core, HeadParallel):
     """A linear mixer whose queries, keys, values and output Megatron's self-attention projects."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **options: Any):
         super().__init__(config, layer_number, *args, **options)
         self.heads = config.num_attention_heads
-        self.mixer = part_of(self._make, self.heads, self.heads, config, self.tp_group)
+        self.take_part(self._make, self.heads, self.heads)
 
     def _make(self, part: tuple[int, int]) -> LinearMixer:
         config, parts = self.config, part[1]
@@ -154,20 +154,6 @@ class LinearCore(Core):
         }
         o = mixer.mix(given[mixer.q_proj], _Projected(sp, given=given))[0]
         return o.unflatten(-1, (q.shape[2], -1))
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """What Megatron's checkpoints hold of it, and which part of the whole that is."""
-        axes = head_axes(self._make, self.heads, self.heads, self.tp_group.size())
-        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.mixer.state_dict(keep_vars=True), f"{prefix}mixer.", axes, sharded_offsets,
-            tp_group=self.tp_group, dp_cp_group=(metadata or {})["dp_cp_group"],
-        )  # fmt: skip
-        return found
 
 
 class Unrotated(SelfAttention):

@@ -9,19 +9,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from lasp.integrations.megatron.balance import balanced
 from lasp.integrations.megatron.options import LaspOptions
 from lasp.integrations.megatron.sharing import sequence_of
-from lasp.integrations.megatron.tensor_parallel import entered, head_axes, part_of
+from lasp.integrations.megatron.tensor_parallel import HeadParallel, entered
 from lasp.layers import MixtureOfMemories, mixer_type
 from lasp.models import MIXTURE
 
 
-class LaspMixer(MegatronModule):
+class LaspMixer(HeadParallel):
     """A linear mixer or a mixture of memories in place of Megatron's self-attention.
 
     Each tensor-parallel rank has its part of the heads, and all tokens of its context-parallel rank.
@@ -53,7 +51,7 @@ class LaspMixer(MegatronModule):
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.heads = config.num_attention_heads
         self.key_heads = self.options.key_heads or mixer_type(self.options.recurrence).default_key_heads or self.heads
-        self.mixer = part_of(self._make, self.heads, self.key_heads, config, self.tp_group)
+        self.take_part(self._make, self.heads, self.key_heads)
 
     def _make(self, part: tuple[int, int]) -> nn.Module:
         """The mixer of a part of the heads."""
@@ -114,17 +112,3 @@ class LaspMixer(MegatronModule):
         if isinstance(self.mixer, MixtureOfMemories) and self.training and torch.is_grad_enabled():
             y = balanced(y, self)
         return y, None
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """What Megatron's checkpoints hold of it, and which part of the whole that is."""
-        axes = head_axes(self._make, self.heads, self.key_heads, self.tp_group.size())
-        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.mixer.state_dict(keep_vars=True), f"{prefix}mixer.", axes, sharded_offsets,
-            tp_group=self.tp_group, dp_cp_group=(metadata or {})["dp_cp_group"],
-        )  # fmt: skip
-        return found

@@ -21,6 +21,8 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -127,7 +129,43 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
-def part_of(make: Make, heads: int, key_heads: int, config: TransformerConfig, group: dist.ProcessGroup) -> nn.Module:
+class HeadParallel(MegatronModule):
+    """What has a mixer of which tensor-parallel ranks hold parts.
+
+    Attributes:
+        mixer: this rank's part.
+        tp_group: the tensor-parallel ranks.
+    """
+
+    mixer: nn.Module
+    tp_group: dist.ProcessGroup
+
+    def take_part(self, make: Make, heads: int, key_heads: int) -> None:
+        """Make this rank's part, see `part_of`.
+
+        Args:
+            make: the mixer of a part of the heads.
+            heads: how many there are in all.
+            key_heads: of queries and keys.
+        """
+        self._axes = head_axes(make, heads, key_heads, self.tp_group.size())
+        self.mixer = part_of(make, self._axes, self.config, self.tp_group)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What Megatron's checkpoints hold of it, and which part of the whole that is."""
+        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.mixer.state_dict(keep_vars=True), f"{prefix}mixer.", self._axes, sharded_offsets,
+            tp_group=self.tp_group, dp_cp_group=(metadata or {})["dp_cp_group"],
+        )  # fmt: skip
+        return found
+
+
+def part_of(make: Make, axes: dict[str, int], config: TransformerConfig, group: dist.ProcessGroup) -> nn.Module:
     """This rank's part of a mixer, on Megatron's device and in its dtype, initialised as Megatron's layers are.
 
     Projections are Megatron's own. What differs from head to head is marked as Megatron marks it; what is alike on all ranks
@@ -135,13 +173,11 @@ def part_of(make: Make, heads: int, key_heads: int, config: TransformerConfig, g
 
     Args:
         make: the mixer of a part of the heads.
-        heads: how many there are in all.
-        key_heads: of queries and keys.
+        axes: which of each parameter's counts heads, see `head_axes`.
         config: Megatron's.
         group: the tensor-parallel ranks.
     """
     size, rank = group.size(), group.rank()
-    axes = head_axes(make, heads, key_heads, size)
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     with get_cuda_rng_tracker().fork(), torch.device(device):
         mixer = make((rank, size)).to(config.params_dtype)
