@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,9 +23,8 @@ from lasp.launch.megatron_cpu import megatron_on_cpu
 from lasp.models import LinearLlama3, LinearLlama3Config
 from lasp.parallel.mesh import launched_ranks, processes
 from lasp.training import Options, errors_in_one_line
-from lasp.training.metrics import Metrics, Row
+from lasp.training.loop import Loop, learning_rate
 from lasp.training.options import DTYPES
-from lasp.training.trainer import learning_rate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what is not installed and not used
@@ -43,6 +41,7 @@ with warnings.catch_warnings():
 
     from lasp.integrations.megatron import LaspOptions, lasp_layer_specs, load_whole, to_megatron
     from lasp.integrations.megatron.options import CORES
+    from lasp.integrations.megatron.sharing import sequence_of
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class McoreOptions(Options):
         )  # fmt: skip
 
 
-class McoreTrainer:
+class McoreTrainer(Loop):
     """A model in Megatron-Core, its data, and how a step is dealt out; on all ranks, whose process group there is.
 
     Args:
@@ -147,6 +146,8 @@ class McoreTrainer:
     Raises:
         ValueError: where the data is missing or too short.
     """
+
+    options: McoreOptions
 
     def __init__(self, options: McoreOptions):
         self.options = options
@@ -175,6 +176,9 @@ class McoreTrainer:
             ),
             self.models,
         )  # fmt: skip
+        if options.device_type() == "cuda" and not HAVE_APEX_OR_TE:
+            for group in self.optimizer.param_groups:
+                group["fused"] = True  # torch's AdamW: Megatron leaves it in pieces
         self.config.grad_scale_func = self.optimizer.scale_loss
         if options.distributed_optimizer:
             waits = [model.no_sync for model in self.models]
@@ -205,14 +209,16 @@ class McoreTrainer:
 
     def _wrapped(self) -> list[Any]:
         shared = self.options.distributed_optimizer
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=shared, overlap_grad_reduce=shared)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=shared, overlap_grad_reduce=shared, grad_reduce_in_fp32=self.config.bf16
+        )
         chunks = [Float16Module(self.config, chunk) if self.config.bf16 else chunk for chunk in self.chunks]
         return [
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
         ]
 
-    def step(self) -> dict[str, float]:
-        """Train on the next step's sequences. Returns its loss and the gradient's norm, alike on all ranks."""
+    def step(self) -> dict[str, Tensor]:
+        """See `Loop.step`: its loss and the gradient's norm."""
         options = self.options
         for model in self.models:
             model.zero_grad_buffer()
@@ -232,10 +238,16 @@ class McoreTrainer:
         _, norm, _ = self.optimizer.step()
         self.done += 1
         # Only the last stage has losses: sums, and how many they are of.
-        total = torch.stack([row["loss"] for row in found]).sum(0) if found else torch.zeros(2)
-        total = total.to(options.device_type(), torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=options.device_type())
+        if found:
+            total += torch.stack([row["loss"] for row in found]).sum(0)
         dist.all_reduce(total)
-        return {"loss": (total[0] / total[1]).item(), "grad_norm": float(norm)}
+        return {"loss": total[0] / total[1], "grad_norm": torch.as_tensor(norm).to(total)}
+
+    def explain(self) -> str:
+        """Why states travel as they do, after a step."""
+        group = parallel_state.get_context_parallel_group()
+        return sequence_of(group, self.layout.local_tokens(group.rank()), None, self.options.lasp()).explain()
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches."""
@@ -248,26 +260,6 @@ class McoreTrainer:
             inputs, labels = (self.layout.shard(x, rank).to(device) for x in rows)
             yield {"input_ids": inputs, "labels": labels, "position_ids": positions.expand_as(inputs)}
 
-    def train(self) -> str | None:
-        """Train to the last step. Returns the closing line, on rank 0."""
-        options = self.options
-        speaks = dist.get_rank() == 0
-        if speaks:
-            options.out.mkdir(parents=True, exist_ok=True)
-        metrics = Metrics(options.out, self.done, options.steps) if speaks else None
-        tokens = options.batch_size * options.seq_len
-        while self.done < options.steps:
-            began = time.perf_counter()
-            figures = self.step()
-            speed = tokens / (time.perf_counter() - began)
-            if metrics:
-                rate = learning_rate(options, self.done - 1)
-                metrics.bar.update()
-                metrics.write([Row.of(figures, self.done, self.done * tokens, speed, rate)])
-            if self.done % options.checkpoint_interval == 0 or self.done == options.steps:
-                self._save()
-        return metrics.close() if metrics and metrics.rows else None
-
     # -- checkpoints: Megatron's, which another split of the ranks reads too ------------------------------------------
 
     def _state(self, loading: bool) -> dict[str, Any]:
@@ -278,7 +270,8 @@ class McoreTrainer:
         state = self.optimizer.sharded_state_dict(whole, is_loading=loading, metadata=how)
         return {**models, "optimizer": state, "step": self.done}
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of Megatron's, each rank its part."""
         folder = self.options.out / f"step_{self.done:07}"
         folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,13 +17,14 @@ from lasp.parallel.mesh import all_ranks
 from lasp.training import checkpoint
 from lasp.training.data import Windows
 from lasp.training.gradients import Gradients
+from lasp.training.loop import Loop, learning_rate
 from lasp.training.loss import right_answers, sum_of_cross_entropies
-from lasp.training.metrics import LOAD, Metrics, Row
+from lasp.training.metrics import LOAD
 from lasp.training.options import DTYPES, LAYOUTS, Options
 from lasp.training.recall import Recall
 
 
-class Trainer:
+class Trainer(Loop):
     """A model, its data, and how a step is dealt out.
 
     Args:
@@ -52,7 +51,6 @@ class Trainer:
         self.rows_here = options.batch_size // mesh["dp"].size()
         self.first_row = self.rows_here * mesh.get_local_rank("dp")
         self.source = options.source()
-        self.tokens = options.batch_size * options.seq_len
 
         torch.manual_seed(options.seed)  # every rank draws the same weights
         self.model = LinearLlama3(options.model()).to(self.device)
@@ -71,7 +69,7 @@ class Trainer:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, Tensor]:
-        """Train on the next step's sequences. Returns its figures (`Row.of`), on the device, alike on all ranks."""
+        """See `Loop.step`."""
         shares = self._shares(self.source, self.done)
         loss = shares["loss"]
         routings = self.model.routings
@@ -98,6 +96,10 @@ class Trainer:
         if balanced is not None:
             figures |= {f"{LOAD}{memory}": load for memory, load in enumerate(balanced.load)}
         return figures
+
+    def explain(self) -> str:
+        """Why states travel as they do, after a step."""
+        return "one rank a sequence: nothing travels" if self.sp is None else self.sp.explain()
 
     @torch.no_grad()
     def evaluate(self, source: Windows | Recall, steps: Iterable[int]) -> dict[str, Tensor]:
@@ -130,58 +132,12 @@ class Trainer:
         inputs, targets = (self.layout.shard(x, self.sp_rank).to(self.device, non_blocking=True) for x in whole)
         return inputs, targets
 
-    # -- the run ----------------------------------------------------------------------------------------------------
-
-    def train(self) -> str | None:
-        """Train to the last step. Returns the closing line, on rank 0."""
-        options = self.options
-        speaks = dist.get_rank() == 0
-        if speaks:
-            options.out.mkdir(parents=True, exist_ok=True)
-        if self.done >= options.steps:
-            return (
-                f"nothing to train: the checkpoint has done {self.done} of --steps {options.steps}" if speaks else None
-            )
-        metrics = Metrics(options.out, self.done, options.steps) if speaks else None
-        unread: list[dict[str, Tensor]] = []
-        first = self.done
-        began = time.perf_counter()
-        while self.done < options.steps:
-            unread.append(self.step())
-            if metrics:
-                metrics.bar.update()
-                if options.explain and self.done == first + 1:
-                    metrics.bar.write("one rank a sequence: nothing travels" if self.sp is None else self.sp.explain())
-            saves = self.done % options.checkpoint_interval == 0 or self.done == options.steps
-            if saves or self.done % options.log_interval == 0:
-                rows = self._rows(unread, began)
-                if metrics:
-                    metrics.write(rows)
-                unread, began = [], time.perf_counter()
-            if saves and speaks:
-                self._save()
-                began = time.perf_counter()
-        return metrics.close() if metrics else None
-
-    def _rows(self, unread: list[dict[str, Tensor]], began: float) -> list[Row]:
-        """Read the steps that were not read yet from the device, all at once: the only time that the host waits for it."""
-        values = torch.stack([torch.stack(list(figures.values())) for figures in unread]).tolist()
-        speed = len(values) * self.tokens / (time.perf_counter() - began)
-        first = self.done - len(values)
-        return [
-            Row.of(
-                dict(zip(unread[0], figures, strict=True)),
-                step + 1,
-                (step + 1) * self.tokens,
-                speed,
-                learning_rate(self.options, step),
-            )
-            for step, figures in enumerate(values, first)
-        ]
-
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint, on rank 0: all have the same."""
+        if dist.get_rank() > 0:
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -206,11 +162,3 @@ class Trainer:
                 f"{was.get('preset')}, --mixer {was.get('mixer')}, --pattern {was.get('pattern')})"
             ) from error
         self.done = state["step"]
-
-
-def learning_rate(options: Options, step: int) -> float:
-    """That of a step, from 0: linear from 0 over the warm-up, then along a cosine to a tenth of the peak."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    way = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return options.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * way)))

@@ -16,7 +16,7 @@ from lasp import SequenceLayout
 from lasp.models import LinearLlama3, LinearLlama3Config
 from lasp.parallel.mesh import build_mesh, processes
 from lasp.training import Options, Trainer, checkpoint, data, gradients, loss, read_rows
-from lasp.training.trainer import learning_rate
+from lasp.training.loop import learning_rate
 
 TEXT = Path(__file__)
 
@@ -197,7 +197,7 @@ def test_a_run_writes_its_metrics_and_goes_on_from_a_checkpoint_exactly(tmp_path
     for _ in range(3):
         first.step()
     stopped.out.mkdir()
-    first._save()
+    first.save()
     # What was written after the checkpoint is written again.
     lost = [replace(row, loss=9.0) for row in rows[:5]]
     (stopped.out / "metrics.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in lost))
