@@ -50,6 +50,8 @@ class McoreOptions(Options):
 
     layout: str = "zigzag"
     """Who holds which tokens of a sequence: zigzag, in which Megatron deals them out."""
+    document_mask: bool = False
+    """Not to be had here: the sequences are a plain stream."""
     out: Path = Path("runs/mcore")
     """Directory for metrics.jsonl, the plot and the checkpoints."""
     tp: int = 1
@@ -78,6 +80,8 @@ class McoreOptions(Options):
             raise ValueError(f"--tp {self.tp} --cp {self.cp} --pp {self.pp}: do not divide the {world_size} ranks")
         if self.task != "text" or self.layout != "zigzag":
             raise ValueError(f"--task {self.task} --layout {self.layout}: Megatron's loop is given text, in zigzag")
+        if self.document_mask:
+            raise ValueError("--document-mask: this loop reads a plain stream; leave it out")
         if self.sp == "none" and self.cp > 1:
             raise ValueError(f"--sp none, --cp {self.cp}: each rank would take its part of a sequence for all of it")
         data = world_size // (self.tp * self.cp * self.pp)

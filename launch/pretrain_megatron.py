@@ -8,6 +8,7 @@ gated_delta_net --pattern LLLN``. Of a Megatron checkout that is on the Python p
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ PROGRAM = "lasp.launch.pretrain_megatron"
 
 def main() -> None:
     """Options and data, then Megatron's loop."""
+    # Before Blackwell Megatron asks for it where tensors or sequences are shared; CUDA reads it once.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with errors_in_one_line(PROGRAM):
         _there()
         from megatron.core.enums import ModelType

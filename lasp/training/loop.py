@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,10 @@ class Loop(ABC):
     def save(self) -> None:
         """Write a checkpoint; called on all ranks."""
 
+    def measured(self) -> dict[str, Tensor]:
+        """Figures of what is not trained on, by their names in `Row`; none where there is nothing of the kind."""
+        return {}
+
     @abstractmethod
     def explain(self) -> str:
         """Why states travel as they do."""
@@ -57,9 +63,12 @@ class Loop(ABC):
                 metrics.bar.update()
                 if options.explain and self.done == first + 1:
                     metrics.bar.write(self.explain())
-            saves = self.done % options.checkpoint_interval == 0 or self.done == options.steps
-            if saves or self.done % options.log_interval == 0:
+            saves, measures = (self._due(every) for every in (options.checkpoint_interval, options.eval_interval))
+            if saves or measures or self._due(options.log_interval):
                 rows = self._rows(unread, began)
+                if measures:
+                    seen: dict[str, Any] = {name: figure.item() for name, figure in self.measured().items()}
+                    rows[-1] = replace(rows[-1], **seen)
                 if metrics:
                     metrics.write(rows)
                 unread, began = [], time.perf_counter()
@@ -67,6 +76,10 @@ class Loop(ABC):
                 self.save()
                 began = time.perf_counter()
         return metrics.close() if metrics else None
+
+    def _due(self, every: int | None) -> bool:
+        """Whether what comes every so many steps, and after the last, comes now."""
+        return self.done == self.options.steps or (every is not None and self.done % every == 0)
 
     def _rows(self, unread: list[dict[str, Tensor]], began: float) -> list[Row]:
         """Read the steps that were not read yet from the device, all at once: the only time that the host waits for it."""

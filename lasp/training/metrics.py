@@ -25,6 +25,8 @@ class Row:
         tokens: how many tokens the run has trained on, this step included.
         tokens_per_second: over all ranks, since the last reading.
         lr: learning rate.
+        eval_loss: mean cross entropy of tokens that are not trained on, of the steps that measure it.
+        bits_per_byte: the same in bits a byte of text, which does not depend on the tokenizer.
         accuracy: the share of the answers that are right, of tasks that have some; None for others.
         balance_loss: of the mixtures of memories, `lasp.layers.balance`; None where there are none, as the following.
         router_entropy: of their routers' probabilities, in nats.
@@ -39,6 +41,8 @@ class Row:
     tokens: int
     tokens_per_second: float
     lr: float
+    eval_loss: float | None = None
+    bits_per_byte: float | None = None
     accuracy: float | None = None
     balance_loss: float | None = None
     router_entropy: float | None = None
@@ -87,8 +91,9 @@ class Metrics:
         seconds = time.perf_counter() - self.began
         first, last = self.rows[0], self.rows[-1]
         plot = _plot(self.rows, self.path.with_name("loss.png"))
+        unseen = "" if last.bits_per_byte is None else f" (unseen text: {last.bits_per_byte:.2f} bits a byte)"
         return (
-            f"loss {first.loss:.2f} → {last.loss:.2f} in {seconds:.0f} s, {last.tokens:,} tokens, "
+            f"loss {first.loss:.2f} → {last.loss:.2f}{unseen} in {seconds:.0f} s, {last.tokens:,} tokens, "
             f"{_thousands(last.tokens_per_second)} tokens/s; metrics in {self.path}"
             + (f", plot in {plot}" if plot else "")
         )
@@ -115,7 +120,10 @@ def _plot(rows: list[Row], path: Path) -> Path | None:
         return None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats a token)")
-    axes.plot([row.tokens for row in rows], [row.loss for row in rows], linewidth=1)
+    axes.plot([row.tokens for row in rows], [row.loss for row in rows], linewidth=1, label="trained on")
+    if unseen := [(row.tokens, row.eval_loss) for row in rows if row.eval_loss is not None]:
+        axes.plot(*zip(*unseen, strict=True), "o-", markersize=3, label="unseen")
+        axes.legend()
     axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(str(path))
     return path

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from lasp.data import BYTES, Windows, tokenizer_of, tokens_of
 from lasp.layers import FEATURE_MAPS, MIXERS
 from lasp.models import MIXTURE, PRESETS, LinearLlama3Config
 from lasp.parallel import SequenceLayout
 from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
-from lasp.training.data import TOKENIZERS, Windows, read_corpus
 from lasp.training.recall import Recall
 
 #: Who holds which tokens of a sequence, as ``--layout`` takes it.
@@ -97,9 +97,20 @@ class Options:
     pairs: tuple[int, ...] = (16,)
     """Of mqar, how many keys with their values a sequence has to remember; of several numbers, each step draws one."""
     data: Path | None = None
-    """A text file, or a directory of text files. The sources of Python's standard library if not given."""
-    tokenizer: str = "bytes"
-    """How text becomes tokens: bytes."""
+    """A file of text or of JSON lines (.jsonl, their "text"), by itself, gzip (.gz) or zstd (.zst), or a directory of them.
+    The sources of Python's standard library if not given."""
+    tokenizer: str = BYTES
+    """How text becomes tokens: bytes, or the path of a Hugging Face tokenizer.json."""
+    data_cache: Path = Path("runs/tokens")
+    """Directory of the tokens, which are made once of text."""
+    document_mask: bool = True
+    """Whether documents are told apart: states, attention and convolutions begin anew with each."""
+    validation: float = 0.01
+    """Share of the tokens, the last, that is not trained on."""
+    eval_interval: int | None = None
+    """Steps between two measurements of the loss on the tokens that are not trained on; at the end only if not given."""
+    eval_steps: int = 8
+    """Batches of each."""
     seq_len: int = 1024
     """Tokens of a sequence."""
     batch_size: int = 4
@@ -154,7 +165,15 @@ class Options:
         """
         if self.task == "mqar":
             return Recall(self.model().vocabulary, self.pairs, self.seq_len, self.batch_size, self.seed)
-        return Windows(read_corpus(self.data), self.seq_len, self.batch_size, self.seed)
+        return self._windows((0.0, 1.0 - self.validation))
+
+    def unseen(self) -> Windows | None:
+        """What is not trained on, but measured; None where there is none."""
+        return self._windows((1.0 - self.validation, 1.0)) if self.task == "text" and self.validation else None
+
+    def _windows(self, part: tuple[float, float]) -> Windows:
+        tokens = tokens_of(self.data, tokenizer_of(self.tokenizer), self.data_cache)
+        return Windows(tokens, self.seq_len, self.batch_size, self.seed, part, self.document_mask)
 
     def device_type(self) -> str:
         """Where to train: ``"cpu"`` or ``"cuda"``."""
@@ -172,8 +191,16 @@ class Options:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ValueError(f"{_flag(name)} {value}: unknown, expected one of {', '.join(known)}")
-        for name in ("seq_len", "batch_size", "steps", "log_interval", "checkpoint_interval"):
-            if getattr(self, name) < 1:
+        for name in (
+            "seq_len",
+            "batch_size",
+            "steps",
+            "log_interval",
+            "checkpoint_interval",
+            "eval_interval",
+            "eval_steps",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
         for name, least in (
             ("lr", 0.0),
@@ -185,6 +212,8 @@ class Options:
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 0")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"--validation {self.validation}: must be at least 0 and less than 1")
         if not self.clip > 0:
             raise ValueError(f"--clip {self.clip}: must be above 0, inf for no clipping")
         if self.seed >= 2**31:
@@ -193,10 +222,10 @@ class Options:
             raise ValueError("--device cuda: this machine has no CUDA device")
 
         model = self.model()
-        if self.task == "text" and model.vocabulary < TOKENIZERS[self.tokenizer]:
+        if self.task == "text" and model.vocabulary < (tokens := tokenizer_of(self.tokenizer).vocabulary):
             raise ValueError(
-                f"--tokenizer {self.tokenizer}: its {TOKENIZERS[self.tokenizer]} tokens exceed --preset {self.preset}'s "
-                f"vocabulary of {model.vocabulary}"
+                f"--tokenizer {self.tokenizer}: its {tokens} tokens exceed the vocabulary of {model.vocabulary}; "
+                f"use --vocabulary {-(-tokens // 64) * 64}"
             )
         if model.mixer == MIXTURE and self.sp != "none" and METHODS[self.sp].linear != "states":
             states = ", ".join(name for name, method in METHODS.items() if method.linear == "states")
@@ -236,7 +265,6 @@ def _choices() -> dict[str, Collection[str]]:
         "exchange": ("auto", *EXCHANGES),
         "softmax_sp": ("auto", *SOFTMAX),
         "task": TASKS,
-        "tokenizer": TOKENIZERS,
         "dtype": DTYPES,
         "device": ("auto", "cpu", "cuda"),
     }

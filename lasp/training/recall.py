@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lasp.data.windows import NO_TARGET
+
 #: What stands where there is neither a pair nor a query.
 FILLER = 0
-#: What a token without an answer has for a target: `torch.nn.functional.cross_entropy` leaves it out.
-NO_TARGET = -100
 #: How much likelier near queries are than far ones: of Zoology's power law, the exponent less 1.
 NEARNESS = 0.01
 
@@ -49,15 +49,29 @@ class Recall:
         self.batch_size, self.seed = batch_size, seed
 
     def targets(self, step: int) -> int:
-        """How many a sequence of the step has."""
-        return self.pairs[int(np.random.default_rng((self.seed, step, self.batch_size)).integers(len(self.pairs)))]
+        """How many answers all sequences of the step want."""
+        return self.batch_size * self._pairs(step)
 
     def rows(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Sequences `first` to ``first + count`` of the step: inputs and targets, int64 ``[count, T]`` each."""
-        pairs = self.targets(step)
+        pairs = self._pairs(step)
         rows = [self._row(np.random.default_rng((self.seed, step, row)), pairs) for row in range(first, first + count)]
         inputs, targets = (torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
         return inputs, targets
+
+    def take(self, step: int, first: int, ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Some of their tokens, int64 ``[N]`` each: see `lasp.data.Windows.take`."""
+        count = -(-max((end for _, end in ranges), default=0) // self.seq_len)
+        whole = (torch.empty(0, dtype=torch.int64),) * 2 if not count else self.rows(step, first, count)
+        inputs, targets = (torch.cat([x.flatten()[start:end] for start, end in ((0, 0), *ranges)]) for x in whole)
+        return inputs, targets
+
+    def documents(self, step: int, first: int, count: int) -> None:
+        """None: a sequence is by itself."""
+
+    def _pairs(self, step: int) -> int:
+        """How many a sequence of the step has."""
+        return self.pairs[int(np.random.default_rng((self.seed, step, self.batch_size)).integers(len(self.pairs)))]
 
     def _row(self, random: np.random.Generator, pairs: int) -> tuple[np.ndarray, np.ndarray]:
         keys = 1 + random.permutation(self.keys - 1)[:pairs]

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lasp.data import Windows
 from lasp.layers import balance
 from lasp.models import LinearLlama3
-from lasp.parallel import SequenceParallel
+from lasp.parallel import SequenceLayout, SequenceParallel
 from lasp.parallel.mesh import all_ranks
 from lasp.training import checkpoint
-from lasp.training.data import Windows
 from lasp.training.gradients import Gradients
 from lasp.training.loop import Loop, learning_rate
 from lasp.training.loss import right_answers, sum_of_cross_entropies
 from lasp.training.metrics import LOAD
 from lasp.training.options import DTYPES, LAYOUTS, Options
 from lasp.training.recall import Recall
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's tokens of a step.
+
+    Attributes:
+        inputs: ``[rows, T_local]``, int64.
+        targets: likewise; those below 0 are none.
+        sp: the ranks that share the rows, and their documents; None where each rank has its own rows.
+        cu_seqlens: the documents, where there is no `sp`.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    sp: SequenceParallel | None
+    cu_seqlens: tuple[int, ...] | None
 
 
 class Trainer(Loop):
@@ -43,14 +63,12 @@ class Trainer(Loop):
         sp_size = mesh["sp"].size()
         self.layout = LAYOUTS[options.layout](options.seq_len, sp_size)
         self.sp_rank = mesh.get_local_rank("sp")
-        self.sp = None
-        if options.sp != "none":
-            self.sp = SequenceParallel(
-                mesh["sp"], self.layout, method=options.sp, exchange=options.exchange, softmax=options.softmax_sp
-            )
+        self.sp: SequenceParallel | None = None
+        self.group = None if options.sp == "none" else mesh["sp"].get_group()
+        self.sp = self._shared(self.layout)
         self.rows_here = options.batch_size // mesh["dp"].size()
         self.first_row = self.rows_here * mesh.get_local_rank("dp")
-        self.source = options.source()
+        self.source, self.unseen = options.source(), options.unseen()
 
         torch.manual_seed(options.seed)  # every rank draws the same weights
         self.model = LinearLlama3(options.model()).to(self.device)
@@ -114,23 +132,52 @@ class Trainer(Loop):
         dist.all_reduce(total, group=self.everyone)
         return dict(zip(taken[0], total, strict=True))
 
+    def measured(self) -> dict[str, Tensor]:
+        """See `Loop.measured`: the loss on text that is not trained on, always the same."""
+        if self.unseen is None:
+            return {}
+        steps = min(self.options.eval_steps, max(1, self.unseen.count // self.unseen.batch_size))
+        loss = self.evaluate(self.unseen, range(steps))["loss"]
+        return {"eval_loss": loss, "bits_per_byte": loss * self.unseen.tokens.per_byte / math.log(2)}
+
     def _shares(self, source: Windows | Recall, step: int) -> dict[str, Tensor]:
         """This rank's shares of the means over all ranks' targets: shares of loss and gradient add up, however it is split."""
-        inputs, targets = self.batch(source, step)
-        count = self.options.batch_size * source.targets(step)
+        batch = self.batch(source, step)
+        targets, count = batch.targets, max(1, source.targets(step))
         with torch.autocast(self.device.type, DTYPES[self.options.dtype], enabled=self.options.dtype != "float32"):
-            features = self.model.features(inputs, sp=self.sp)
+            features = self.model.features(batch.inputs, sp=batch.sp, cu_seqlens=batch.cu_seqlens)
             shares = {"loss": sum_of_cross_entropies(self.model, features, targets) / count}
         if self.options.task == "mqar":
             shares["accuracy"] = right_answers(self.model, features, targets) / count
         return shares
 
-    def batch(self, source: Windows | Recall, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets ``[rows, T_local]`` of a source's step: its rows, and of those its tokens."""
-        whole = source.rows(step, self.first_row, self.rows_here)
-        # The targets were shifted in the whole window: at the end of a rank's run the target is another rank's input.
-        inputs, targets = (self.layout.shard(x, self.sp_rank).to(self.device, non_blocking=True) for x in whole)
-        return inputs, targets
+    def batch(self, source: Windows | Recall, step: int) -> Batch:
+        """This rank's tokens of a source's step: of its rows, which are one sequence where documents are told apart."""
+        first, rows, length = self.first_row, self.rows_here, self.options.seq_len
+        documents = source.documents(step, first, rows)
+        layout, sp, sequences = self.layout, self.sp, rows
+        if documents is not None:
+            layout = LAYOUTS[self.options.layout](rows * length, layout.world_size, documents)
+            sp, length, sequences = self._shared(layout), rows * length, 1
+        runs = layout.runs_of(self.sp_rank)
+        ranges = [(row * length + start, row * length + end) for row in range(sequences) for start, end in runs]
+        # The targets are shifted in the whole window: at the end of a rank's run the target is another rank's input.
+        inputs, targets = (
+            x.view(sequences, layout.local_tokens(self.sp_rank)).to(self.device, non_blocking=True)
+            for x in source.take(step, first, ranges)
+        )
+        return Batch(inputs, targets, sp, documents if sp is None else None)
+
+    def _shared(self, layout: SequenceLayout) -> SequenceParallel | None:
+        """The ranks of a sequence of that layout; None where each has its own."""
+        if self.group is None:
+            return None
+        options = self.options
+        return SequenceParallel(
+            self.group, layout, method=options.sp, exchange=options.exchange, softmax=options.softmax_sp,
+            # Later layouts are made alike on all ranks, of the same data, as the first was.
+            check=self.sp is None,
+        )  # fmt: skip
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -142,6 +189,7 @@ class Trainer(Loop):
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.done,
+            "data": self._position(),
             "options": self.options.saved(),
         }
         checkpoint.save(self.options.out, state)
@@ -162,3 +210,32 @@ class Trainer(Loop):
                 f"{was.get('preset')}, --mixer {was.get('mixer')}, --pattern {was.get('pattern')})"
             ) from error
         self.done = state["step"]
+        self._go_on(path, state)
+
+    def _position(self) -> dict[str, Any] | None:
+        """Where the next step reads, and in what."""
+        if isinstance(self.source, Recall):
+            return None
+        return {
+            "position": self.source.position(self.done),
+            "tokens": self.source.tokens.digest,
+            "windows": self.source.count,
+        }
+
+    def _go_on(self, path: Path, state: dict[str, Any]) -> None:
+        """Let the next step read where the last run would have."""
+        place = state.get("data")
+        if isinstance(self.source, Recall) or place is None:
+            return
+        was = state["options"]
+        if place["tokens"] != self.source.tokens.digest:
+            raise ValueError(
+                f"--resume {path}: was trained on other data (--data {was['data']}, --tokenizer {was['tokenizer']}, and what "
+                "they hold), of which its place is"
+            )
+        if place["windows"] != self.source.count:
+            raise ValueError(
+                f"--resume {path}: its place is in windows of --seq-len {was['seq_len']} with --validation "
+                f"{was['validation']}; use the same"
+            )
+        self.source.go_on(place["position"], self.done)

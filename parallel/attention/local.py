@@ -33,6 +33,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[T
     if q.is_cuda:
         with torch.no_grad():
             return _flex(q, k, v, mask, scale)
+    if len(mask.parts) == 1:
+        return _attend_on_cpu(q, k, v, mask, scale)
+    o = torch.zeros_like(q)
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=wide(q.dtype))
+    for rows, columns, part in mask.parts:
+        if not part.nothing:
+            given = q[:, rows], k[:, columns], v[:, columns]
+            o[:, rows], lse[:, :, rows] = _attend_on_cpu(*given, part, scale)
+    return o, lse
+
+
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     options, blind = _cpu_mask(mask, q.dtype)
     o, lse = _cpu(*(_heads_first(x, q.shape[2]) for x in (q, k, v)), 0.0, scale=scale, **options)
     if blind is not None:
@@ -59,6 +71,21 @@ def attend_backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if q.is_cuda:
         return _flex_backward(do, o, lse, q, k, v, mask, scale)
+    if len(mask.parts) == 1:
+        return _backward_on_cpu(do, o, lse, q, k, v, mask, scale)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, columns, part in mask.parts:
+        if not part.nothing:
+            given = do[:, rows], o[:, rows], lse[:, :, rows], q[:, rows], k[:, columns], v[:, columns]
+            dq[:, rows], dk_part, dv_part = _backward_on_cpu(*given, part, scale)
+            dk[:, columns] += dk_part
+            dv[:, columns] += dv_part
+    return dq, dk, dv
+
+
+def _backward_on_cpu(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     options, _ = _cpu_mask(mask, q.dtype)
     heads, kv_heads = q.shape[2], k.shape[2]
     given = (_heads_first(x, heads) for x in (do, q, k, v, o))

@@ -14,6 +14,8 @@ from lasp.parallel.layout import SequenceLayout
 
 #: FlexAttention's block: queries and keys are looked at, and skipped, this many at a time.
 BLOCK = 128
+#: The CPU looks at documents together up to so many tokens.
+TOGETHER = 512
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Span:
 
     def __len__(self) -> int:
         return len(self.position)
+
+    def __getitem__(self, tokens: slice) -> Span:
+        return Span(self.position[tokens], self.document[tokens])
+
+    def stretches(self) -> list[int]:
+        """How many tokens follow one another in the sequence and in one document, again and again."""
+        breaks = (self.position.diff() != 1) | (self.document.diff() != 0)
+        ends = [*(breaks.nonzero().flatten() + 1).tolist(), len(self)]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False) if end > start]
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,38 @@ class Mask:
             and torch.equal(self.queries.position, self.keys.position)
             and bool((self.queries.position.diff() > 0).all())
         )
+
+    @cached_property
+    def parts(self) -> list[tuple[slice, slice, Mask]]:
+        """Some queries after others, with the keys from the first to the last that any of them may see.
+
+        Documents are parts of their own, but for short ones, of which several are one: together they cost what a document of
+        `TOGETHER` tokens does, and not a call each.
+        """
+        if self.everything or self.triangular:
+            return [(slice(None), slice(None), self)]
+        sizes = [0]
+        for size in self.queries.stretches():
+            if sizes[-1] and sizes[-1] + size > TOGETHER:
+                sizes.append(0)
+            sizes[-1] += size
+        found, start = [], 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            queries = self.queries[rows]
+            columns = self._columns(queries)
+            found.append((rows, columns, Mask(queries, self.keys[columns], self.reach)))
+            start += size
+        return found
+
+    def _columns(self, queries: Span) -> slice:
+        """The keys from the first to the last that some of these queries may see."""
+        position, document = self.keys.position, self.keys.document
+        (first, last), (low, high) = queries.position.aminmax(), queries.document.aminmax()
+        some = (document >= low) & (document <= high)
+        some &= (first - position < self.reach.high) & (last - position >= self.reach.low)
+        seen = some.nonzero()
+        return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
 
     def seen(self, device: torch.device) -> Tensor:
         """Which keys each query sees: bool ``[Tq, Tk]``, made once and kept."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lasp.training.recall import FILLER, NO_TARGET, Recall
+from lasp.data.windows import NO_TARGET
+from lasp.training.recall import FILLER, Recall
 
 
 def test_every_key_is_asked_for_once_and_has_its_value_for_an_answer() -> None:
@@ -21,7 +22,7 @@ def test_every_key_is_asked_for_once_and_has_its_value_for_an_answer() -> None:
         assert all(answers[t] == pairs[row[t]] == row[t + 1] for t in asked)
         others = set(range(16, 50)) - {t + i for t in asked for i in (0, 1)}
         assert all(row[t] == FILLER for t in others)
-    assert (targets != NO_TARGET).sum() == 4 * source.targets(3)
+    assert (targets != NO_TARGET).sum() == source.targets(3) == 32
 
 
 def test_rows_are_the_same_however_a_step_is_split() -> None:
@@ -32,6 +33,9 @@ def test_rows_are_the_same_however_a_step_is_split() -> None:
         assert torch.equal(one[0][0], inputs[row])
         assert torch.equal(one[1][0], targets[row])
     assert not torch.equal(inputs, source.rows(3, 0, 4)[0])
+    part = source.take(2, 1, [(10, 60), (99, 100)])
+    assert torch.equal(part[1], torch.cat([targets.flatten()[60:110], targets.flatten()[149:150]]))
+    assert source.take(2, 1, [])[0].shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,8 @@ def test_each_step_draws_how_many_pairs() -> None:
     drawn = []
     for step in range(60):
         inputs, targets = source.rows(step, 0, 2)
-        assert (targets != NO_TARGET).sum(1).tolist() == 2 * [source.targets(step)]
-        assert ((inputs > 0) & (inputs < 32)).sum(1).tolist() == 2 * [2 * source.targets(step)]
-        drawn.append(source.targets(step))
+        pairs = source.targets(step) // 2
+        assert (targets != NO_TARGET).sum(1).tolist() == 2 * [pairs]
+        assert ((inputs > 0) & (inputs < 32)).sum(1).tolist() == 2 * [2 * pairs]
+        drawn.append(pairs)
     assert all(drawn.count(pairs) >= 10 for pairs in source.pairs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 from lasp import SequenceLayout
 from lasp.models import LinearLlama3, LinearLlama3Config
 from lasp.parallel.mesh import build_mesh, processes
-from lasp.training import Options, Trainer, checkpoint, data, gradients, loss, read_rows
+from lasp.training import Options, Trainer, checkpoint, gradients, loss, read_rows
 from lasp.training.loop import learning_rate
 
 TEXT = Path(__file__)
+CACHE = Path(__file__).parents[2] / "runs/tokens"
 
 
 @pytest.fixture
@@ -30,6 +33,7 @@ def alone() -> Iterator[None]:
 
 def options(**given) -> Options:
     small = {"hidden": 16, "heads": 2, "intermediate": 24, "seq_len": 33, "data": TEXT, "warmup": 2, "steps": 6}
+    small |= {"data_cache": CACHE, "validation": 0.1, "eval_steps": 2}
     return Options(**(small | given))
 
 
@@ -52,7 +56,7 @@ def test_a_step_is_the_mean_of_its_targets_and_adamw(tmp_path: Path) -> None:
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
     for step in range(3):
-        inputs, targets = data.Windows(data.read_corpus(TEXT), 33, 4, 0).rows(step, 0, 4)
+        inputs, targets = given.source().rows(step, 0, 4)
         mean = F.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         mean.backward()
@@ -87,53 +91,6 @@ def test_the_loss_falls(dtype: str) -> None:
     assert losses[0] == pytest.approx(5.55, abs=0.1)  # log 256: nothing is known
     assert losses[-1] < 3.5
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
-
-
-# -- its data ------------------------------------------------------------------------------------------------------
-
-
-def test_the_windows_of_a_step_do_not_depend_on_how_it_is_split() -> None:
-    corpus = torch.arange(250, dtype=torch.uint8)
-    whole = data.Windows(corpus, 20, 6, seed=3)
-    inputs, targets = whole.rows(7, 0, 6)
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    assert torch.equal(targets, inputs + 1)
-    for first in (0, 2, 4):
-        part, _ = whole.rows(7, first, 2)
-        assert torch.equal(part, inputs[first : first + 2])
-    assert not torch.equal(whole.rows(8, 0, 6)[0], inputs)
-    assert not torch.equal(data.Windows(corpus, 20, 6, seed=4).rows(7, 0, 6)[0], inputs)
-
-
-def test_every_window_of_a_corpus_can_be_drawn() -> None:
-    windows = data.Windows(torch.arange(12, dtype=torch.uint8), 10, 8, seed=0)
-    starts = {int(row[0]) for step in range(10) for row in windows.rows(step, 0, 8)[0]}
-    assert starts == {0, 1}
-
-
-def test_a_corpus_is_its_files_in_order(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("second")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "z.txt").write_text("first")
-    assert bytes(data.read_corpus(tmp_path).numpy()) == b"firstsecond"
-    assert bytes(data.read_corpus(tmp_path / "b.txt").numpy()) == b"second"
-
-
-def test_the_default_corpus_is_a_few_megabytes_of_python() -> None:
-    corpus = data.read_corpus(None)
-    assert 3e6 < len(corpus) < 60e6
-    assert b"def __init__(self" in bytes(corpus.numpy())
-
-
-def test_a_corpus_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--data /nowhere: no such file or directory"):
-        data.read_corpus(Path("/nowhere"))
-    with pytest.raises(ValueError, match="no text there"):
-        data.read_corpus(tmp_path)
-    with pytest.raises(
-        ValueError, match="--data holds 33 tokens: a window of --seq-len 33 and its last target need 34"
-    ):
-        data.Windows(torch.zeros(33, dtype=torch.uint8), 33, 1, 0)
 
 
 # -- its gradients -------------------------------------------------------------------------------------------------
@@ -184,6 +141,7 @@ def test_a_run_writes_its_metrics_and_goes_on_from_a_checkpoint_exactly(tmp_path
     closing = trainer(through).train()
     assert closing is not None
     assert closing.startswith("loss 5.5")
+    assert "bits a byte" in closing
     rows = read_rows(through.out / "metrics.jsonl")
     assert [row.step for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row.tokens for row in rows] == [4 * 33 * step for step in range(1, 7)]
@@ -210,6 +168,10 @@ def test_a_run_writes_its_metrics_and_goes_on_from_a_checkpoint_exactly(tmp_path
     ends = [checkpoint.load(run.out)["model"] for run in (through, stopped)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
+    assert again[-1].eval_loss == rows[-1].eval_loss
+    assert rows[-1].bits_per_byte == pytest.approx(rows[-1].eval_loss / math.log(2))
+    assert rows[-2].eval_loss is None
+
     closing = trainer(stopped).train()
     assert closing == "nothing to train: the checkpoint has done 6 of --steps 6"
 
@@ -221,6 +183,59 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     trainer(options(out=tmp_path, steps=1)).train()
     with pytest.raises(ValueError, match=r"holds another model than the options describe .* --preset tiny"):
         trainer(options(out=tmp_path, resume="auto", hidden=32))
+    with pytest.raises(
+        ValueError, match=r"its place is in windows of --seq-len 33 with --validation 0\.1; use the same"
+    ):
+        trainer(options(out=tmp_path, resume="auto", seq_len=32))
+    with pytest.raises(ValueError, match="was trained on other data"):
+        trainer(options(out=tmp_path, resume="auto", data=TEXT.with_name("test_options.py")))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_goes_on_where_it_was_in_the_data_with_another_batch(tmp_path: Path) -> None:
+    trainer(options(out=tmp_path, steps=3)).train()
+    larger = trainer(options(out=tmp_path, resume="auto", batch_size=5))
+    one_by_one = options(batch_size=1).source()
+    for row in range(5):
+        assert torch.equal(larger.source.rows(3, row, 1)[0], one_by_one.rows(12 + row, 0, 1)[0])
+    assert larger.source.position(4)[2] == 17
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("sp", ["none", "lasp2"])
+@pytest.mark.parametrize("mixer", ["gated_delta_net", "lightning", "mom"])
+def test_packed_documents_train_as_each_by_itself(
+    mixer: str, sp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is the mean over all targets, and no gradient passes from one document to another."""
+    monkeypatch.setattr("lasp.parallel.attention.mask.TOGETHER", 20)  # several documents are looked at by themselves
+    (tmp_path / "text").mkdir()
+    for name, size in {"a": 20, "b": 5, "c": 1, "d": 47, "e": 60}.items():
+        (tmp_path / "text" / f"{name}.txt").write_text((name * size)[:-1] + "\n" if size > 1 else name)
+    given = options(
+        data=tmp_path / "text", data_cache=tmp_path / "cache", validation=0.0, mixer=mixer, batch_size=3, balance=0.0,
+        pattern="LN", layers=2, sp=sp,
+    )  # fmt: skip
+    run = trainer(given)
+    total = run.step()["loss"].item()
+    found = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+    source, model = run.source, trainer(given).model
+    bounds = source.documents(0, 0, 3)
+    inputs, targets = (x.flatten() for x in source.rows(0, 0, 3))
+    model.zero_grad()
+    count, summed = 0, 0.0
+    for start, end in itertools.pairwise(bounds):
+        features = model.features(inputs[None, start:end])
+        nats = loss.sum_of_cross_entropies(model, features, targets[None, start:end])
+        (nats / source.targets(0)).backward()
+        count, summed = count + int((targets[start:end] >= 0).sum()), summed + nats.item()
+    assert count == source.targets(0) < 99
+    assert total == pytest.approx(summed / count, rel=1e-6)
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    scale = min(1.0, given.clip / norm)  # the step clipped its own
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert (found[name] - scale * p.grad).norm() <= 2e-5 * scale * norm, name
 
 
 def test_an_interrupted_checkpoint_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,14 +254,15 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(tmp_path: Path, monkeypat
 @pytest.mark.usefixtures("alone")
 def test_a_rank_takes_its_tokens_of_the_whole_windows() -> None:
     """Targets are shifted before they are dealt out: at the end of a run the target is another rank's input."""
-    run = trainer(options())
+    run = trainer(options(document_mask=False))
     inputs, targets = run.source.rows(0, 0, 4)
     run.layout = SequenceLayout.zigzag(33, 2)
     for rank in (0, 1):
         run.sp_rank = rank
         mine = run.layout.positions(rank)
-        assert torch.equal(run.batch(run.source, 0)[0], inputs[:, mine])
-        assert torch.equal(run.batch(run.source, 0)[1], targets[:, mine])
+        batch = run.batch(run.source, 0)
+        assert torch.equal(batch.inputs, inputs[:, mine])
+        assert torch.equal(batch.targets, targets[:, mine])
 
 
 def test_the_norm_of_many_gradients_is_exact() -> None:

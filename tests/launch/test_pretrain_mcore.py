@@ -25,6 +25,7 @@ COMMON = [
     "4",
     "--device",
     "cpu",
+    "--no-document-mask",
 ]
 
 
@@ -71,6 +72,7 @@ def test_losses_are_those_of_this_project_s_loop(mixer: str, tmp_path: Path) -> 
     [
         ("--tp 2", "--tp 2 --cp 1 --pp 1: do not divide the 1 ranks"),
         ("--layout contiguous", "--layout contiguous: Megatron's loop is given text, in zigzag"),
+        ("--document-mask", "--document-mask: this loop reads a plain stream"),
         ("--seq-len 63", "--seq-len 63: must be a multiple of 2, twice --cp"),
         ("--batch-size 3 --micro-batch-size 2", "--batch-size 3: 1 data-parallel ranks with --micro-batch-size 2"),
         ("--resume nowhere", "--resume nowhere: no such checkpoint"),

@@ -34,6 +34,12 @@ Groups = dict[int, dist.ProcessGroup]
 pytestmark = pytest.mark.mpi(min_size=4)
 
 
+@pytest.fixture(autouse=True)
+def short_documents_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of a few tokens are looked at together, and longer ones by themselves."""
+    monkeypatch.setattr("lasp.parallel.attention.mask.TOGETHER", 5)
+
+
 def inputs(documents: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The whole sequence, alike on every rank; two rows where nothing is packed."""
     x, B = Inputs(3, dtype), 2 if documents == "one" else 1

@@ -1,0 +1,297 @@
+"""Text as tokens: what is read of which files, what lies in the cache, and the order in which windows of it come."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lasp.data import Tokens, Windows, tokenizer_of, tokens_of
+from lasp.data import sources as sources_of_text
+from lasp.data import tokens as tokens_on_disk
+from lasp.data.sources import pieces, source_of
+from lasp.data.windows import NO_TARGET, shuffled
+
+BYTES = tokenizer_of("bytes")
+
+
+def documents(path: Path | None) -> list[bytes]:
+    found = [b""]
+    for piece in pieces(source_of(path)):
+        found[-1] += piece.text
+        if piece.last:
+            found.append(b"")
+    assert found.pop() == b""
+    return found
+
+
+def corpus(sizes: list[int]) -> Tokens:
+    bounds = np.cumsum([0, *sizes])
+    return Tokens(np.arange(bounds[-1]), bounds, np.asarray(sizes), 256, "", "--data made up")
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_a_document_and_so_is_a_json_line(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.txt").write_text("first")
+    (tmp_path / ".hidden").write_text("not read")
+    lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in ("third", "vierté", ""))
+    (tmp_path / "c.jsonl").write_text(lines + "\n")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"fifth"))
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "sixth"}'))
+    want = ["first", "second", "third", "vierté", "fifth", "sixth"]
+    assert documents(tmp_path) == [text.encode() for text in want]
+    assert documents(tmp_path / "b.txt") == [b"second"]
+
+
+def test_zstd_and_its_frames(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    text = os.urandom(300_000).hex().encode()
+    whole = b"".join(zstandard.ZstdCompressor().compress(part) for part in (text[:100], text[100:]))
+    (tmp_path / "a.txt.zst").write_bytes(whole)
+    assert documents(tmp_path) == [text]
+    (tmp_path / "a.txt.zst").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"a\.txt\.zst: cut short or damaged"):
+        documents(tmp_path)
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(min_size=1).filter(lambda text: "\0" not in text), piece=st.integers(4, 20))
+def test_pieces_are_the_text_and_each_is_text(tmp_path_factory: pytest.TempPathFactory, text: str, piece: int) -> None:
+    file = tmp_path_factory.mktemp("text") / "a.txt"
+    file.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources_of_text, "PIECE", piece)
+        found = list(pieces(source_of(file)))
+    assert b"".join(one.text for one in found) == text.encode()
+    assert [one.last for one in found] == [False] * (len(found) - 1) + [True]
+    for one in found:
+        assert 0 < len(one.text) <= piece
+        one.text.decode()
+
+
+def test_the_default_corpus_is_a_few_megabytes_of_python() -> None:
+    found = documents(None)
+    assert len(found) > 300
+    assert 3e6 < sum(len(text) for text in found) < 60e6
+    assert any(b"def __init__(self" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"--data .*: no text there"),
+        ("a.txt", b"abc\xff", r"a\.txt: not text: byte 3 is no UTF-8"),
+        ("a.bin", b"abc\0def", r"a\.bin: not text: byte 3 is 0"),
+        ("a.txt.gz", gzip.compress(bytes(range(1, 100)))[:-9], r"a\.txt\.gz: cut short or damaged"),
+        ("a.txt.gz", b"plain", r"a\.txt\.gz: cut short or damaged"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl: line 2 is no JSON"),
+        ("a.jsonl", b'{"content": "a"}\n', r'a\.jsonl: line 1 has no text: expected {"text": "\.\.\."}'),
+        ("a.jsonl", b"\n\n", r"--data .*: no text there"),
+    ],
+)
+def test_what_is_no_text_is_one_clear_error(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        tokens_of(tmp_path / "data", BYTES, tmp_path / "cache")
+    assert not [entry for entry in (tmp_path / "cache").glob("*") if entry.is_dir() and not entry.suffix]
+
+
+def test_no_data_and_no_room(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--data /nowhere: no such file or directory"):
+        tokens_of(Path("/nowhere"), BYTES, tmp_path)
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(ValueError, match=r"--data-cache .*: .*; the tokens of --data .*file need room there"):
+        tokens_of(tmp_path / "file", BYTES, tmp_path / "file" / "cache")
+
+
+# -- tokens --------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_made_once_and_again_when_the_text_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, cache = tmp_path / "text", tmp_path / "cache"
+    text.mkdir()
+    (text / "a.txt").write_text("first")
+    (text / "b.txt").write_text("second one")
+    made = []
+    make = tokens_on_disk._make
+    monkeypatch.setattr(tokens_on_disk, "_make", lambda *given: made.append(1) or make(*given))
+    first, again = (tokens_of(text, BYTES, cache) for _ in range(2))
+    assert len(made) == 1
+    assert bytes(first.tokens) == b"firstsecond one"
+    assert first.documents.tolist() == [0, 5, 15]
+    assert first.sizes.tolist() == [5, 10]
+    assert first.digest == again.digest
+    assert first.per_byte == 1
+    (text / "b.txt").write_text("second two")
+    changed = tokens_of(text, BYTES, cache)
+    assert len(made) == 2
+    assert changed.digest != first.digest
+    (found,) = [entry for entry in cache.glob("*/tokens.bin") if entry.read_bytes().endswith(b"two")]
+    found.write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"--data-cache .*: damaged: 5 tokens of 15; remove it"):
+        tokens_of(text, BYTES, cache)
+
+
+def test_a_tokenizer_of_hugging_face(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(["the cat and the dog, the end"] * 20, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer_of(str(tmp_path))
+    assert ours.vocabulary == made.get_vocab_size() > 256
+    assert ours.dtype == np.uint16
+    text = "the cat and thé dog"
+    (encoded,) = ours.encode([text.encode()])
+    assert encoded.tolist() == made.encode(text).ids
+    assert ours.decode(encoded.tolist()) == text
+    (tmp_path / "text.txt").write_text(text)
+    found = tokens_of(tmp_path / "text.txt", ours, tmp_path / "cache")
+    assert found.tokens.tolist() == encoded.tolist()
+    assert found.per_byte == len(encoded) / len(text.encode())
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"broken\.json: no tokenizer\.json of Hugging Face"):
+        tokenizer_of(str(tmp_path / "broken.json"))
+
+
+def _open(text: Path, cache: Path) -> str:
+    return tokens_of(text, BYTES, cache).digest
+
+
+def test_several_processes_make_tokens_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 10_000)
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        found = pool.starmap(_open, [(tmp_path / "a.txt", tmp_path / "cache")] * 3)
+    assert len(set(found)) == 1
+    assert not list((tmp_path / "cache").glob("*.unfinished"))
+
+
+def test_what_is_killed_starts_over(tmp_path: Path) -> None:
+    text, cache = tmp_path / "a.txt", tmp_path / "cache"
+    text.write_bytes(b"0123456789abcde\n" * (3 * tokens_on_disk.BATCH // 16))
+    program = f"""
+import time
+from pathlib import Path
+from lasp.data import tokens, tokenizer_of
+batches = tokens._batches
+def slow(found):
+    for batch in batches(found):
+        yield batch
+        time.sleep(60)
+tokens._batches = slow
+tokens.tokens_of(Path({str(text)!r}), tokenizer_of("bytes"), Path({str(cache)!r}))
+"""
+    run = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(cache.glob("*.unfinished/tokens.bin")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert list(cache.glob("*.unfinished"))
+    found = tokens_of(text, BYTES, cache)
+    assert bytes(found.tokens) == text.read_bytes()
+    assert not list(cache.glob("*.unfinished"))
+
+
+# -- windows -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 300), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
+def test_an_epoch_is_every_window_once(count: int, seed: int, epoch: int) -> None:
+    assert sorted(shuffled(place, count, (seed, epoch)) for place in range(count)) == list(range(count))
+
+
+def test_orders_differ_by_seed_and_epoch_and_are_no_order() -> None:
+    orders = [[shuffled(i, 1000, key) for i in range(1000)] for key in ((0, 0), (0, 1), (1, 0))]
+    assert all(orders[a] != orders[b] for a, b in ((0, 1), (0, 2), (1, 2)))
+    for order in orders:
+        assert abs(np.corrcoef(order, range(1000))[0, 1]) < 0.15
+        assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.15
+
+
+@settings(deadline=None, max_examples=40)
+@given(batch=st.integers(1, 7), seq_len=st.integers(1, 9), tokens=st.integers(30, 90), steps=st.integers(0, 9))
+def test_no_window_is_left_out_or_read_twice_however_a_run_is_cut(
+    batch: int, seq_len: int, tokens: int, steps: int
+) -> None:
+    """Read with one size of step, then with another from where the first ended."""
+    made = corpus([tokens])
+    first, whole = Windows(made, seq_len, batch, seed=1), Windows(made, seq_len, 1, seed=1)
+    second = Windows(made, seq_len, batch + 1, seed=9)
+    second.go_on(first.position(steps), 100)
+    starts = [int(row[0]) for step in range(steps) for row in first.rows(step, 0, batch)[0]]
+    starts += [int(row[0]) for step in range(100, 103) for row in second.rows(step, 0, batch + 1)[0]]
+    assert starts == [int(whole.rows(step, 0, 1)[0][0, 0]) for step in range(len(starts))]
+    epoch = starts[: whole.count]
+    assert len(set(epoch)) == len(epoch)
+
+
+def test_rows_do_not_depend_on_how_a_step_is_split() -> None:
+    whole = Windows(corpus([250]), 20, 6, seed=3)
+    inputs, targets = whole.rows(7, 0, 6)
+    assert torch.equal(targets, inputs + 1)
+    for first in (0, 2, 4):
+        assert torch.equal(whole.rows(7, first, 2)[0], inputs[first : first + 2])
+    some = [(3, 3), (5, 27), (59, 60)]
+    for part, rows in zip(whole.take(7, 1, some), whole.rows(7, 1, 3), strict=True):
+        assert torch.equal(part, torch.cat([rows.flatten()[start:end] for start, end in some]))
+    assert all(part.shape == (0,) for part in whole.take(7, 1, []))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=12), seq_len=st.integers(1, 15), first=st.integers(0, 2))
+def test_documents_are_told_apart(sizes: list[int], seq_len: int, first: int) -> None:
+    made = corpus(sizes)
+    if len(made) < seq_len + 1:
+        return
+    windows = Windows(made, seq_len, 4, seed=0, masked=True)
+    inputs, targets = (x.flatten().tolist() for x in windows.rows(0, first, 2))
+    begins = set(made.documents.tolist())
+    bounds = windows.documents(0, first, 2)
+    assert bounds is not None
+    assert list(bounds[:-1]) == [place for place, token in enumerate(inputs) if place % seq_len == 0 or token in begins]
+    assert bounds[-1] == 2 * seq_len
+    for token, target in zip(inputs, targets, strict=True):
+        assert target == (NO_TARGET if token + 1 in begins else token + 1)
+    every = windows.rows(0, 0, 4)[1]
+    cut = [(a, b) for a, b in itertools.pairwise(range(4 * seq_len + 1))]
+    assert torch.equal(windows.take(0, 0, cut)[1], every.flatten())
+    assert windows.targets(0) == int((every != NO_TARGET).sum())
+    assert Windows(made, seq_len, 4, seed=0).documents(0, 0, 2) is None
+
+
+def test_what_validates_is_not_trained_on() -> None:
+    made = corpus([1000])
+    train, unseen = (Windows(made, 7, 1, 0, part) for part in ((0.0, 0.9), (0.9, 1.0)))
+    read = [
+        {int(t) for step in range(w.count) for x in w.rows(step, 0, 1) for t in x.flatten()} for w in (train, unseen)
+    ]
+    assert not read[0] & read[1]
+    assert max(read[0]) < 900 <= min(read[1])
+    with pytest.raises(ValueError, match=r"--data made up holds 100 tokens for this: a window of --seq-len 100"):
+        Windows(made, 100, 1, 0, (0.9, 1.0))
+    with pytest.raises(ValueError, match=r"--data made up holds 1000 tokens: .* --seq-len 1000 .* need 1001"):
+        Windows(made, 1000, 1, 0)
