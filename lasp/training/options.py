@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lasp.data import BYTES, Windows, tokenizer_of, tokens_of
+from lasp.data import BYTES, Tokens, Windows, tokenizer_of, tokens_of
 from lasp.layers import FEATURE_MAPS, MIXERS
 from lasp.models import MIXTURE, PRESETS, LinearLlama3Config
 from lasp.parallel import SequenceLayout
@@ -106,7 +106,7 @@ class Options:
     document_mask: bool = True
     """Whether documents are told apart: states, attention and convolutions begin anew with each."""
     validation: float = 0.01
-    """Share of the tokens, the last, that is not trained on."""
+    """Share of the tokens, the last, that is not trained on; none where it is less than a sequence."""
     eval_interval: int | None = None
     """Steps between two measurements of the loss on the tokens that are not trained on; at the end only if not given."""
     eval_steps: int = 8
@@ -165,14 +165,23 @@ class Options:
         """
         if self.task == "mqar":
             return Recall(self.model().vocabulary, self.pairs, self.seq_len, self.batch_size, self.seed)
-        return self._windows((0.0, 1.0 - self.validation))
+        tokens = self._tokens()
+        return self._windows(tokens, (0.0, 1.0 - self._kept_back(tokens)))
 
     def unseen(self) -> Windows | None:
         """What is not trained on, but measured; None where there is none."""
-        return self._windows((1.0 - self.validation, 1.0)) if self.task == "text" and self.validation else None
+        if self.task == "mqar" or not (share := self._kept_back(tokens := self._tokens())):
+            return None
+        return self._windows(tokens, (1.0 - share, 1.0))
 
-    def _windows(self, part: tuple[float, float]) -> Windows:
-        tokens = tokens_of(self.data, tokenizer_of(self.tokenizer), self.data_cache)
+    def _tokens(self) -> Tokens:
+        return tokens_of(self.data, tokenizer_of(self.tokenizer), self.data_cache)
+
+    def _kept_back(self, tokens: Tokens) -> float:
+        """The share that is not trained on: none where it would be less than a sequence."""
+        return self.validation if len(tokens) * self.validation > self.seq_len + 1 else 0.0
+
+    def _windows(self, tokens: Tokens, part: tuple[float, float]) -> Windows:
         return Windows(tokens, self.seq_len, self.batch_size, self.seed, part, self.document_mask)
 
     def device_type(self) -> str:

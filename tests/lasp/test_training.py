@@ -191,6 +191,15 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         trainer(options(out=tmp_path, resume="auto", data=TEXT.with_name("test_options.py")))
 
 
+def test_of_little_text_nothing_is_kept_back() -> None:
+    """A hundredth of this file is less than ten sequences."""
+    tokens = len(TEXT.read_bytes())
+    for seq_len, kept in ((20, True), (tokens // 100 + 1, False)):
+        given = options(seq_len=seq_len, validation=0.01)
+        assert (given.unseen() is not None) == kept
+        assert given.source().count == (round(tokens * (0.99 if kept else 1)) - 1) // seq_len
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_run_goes_on_where_it_was_in_the_data_with_another_batch(tmp_path: Path) -> None:
     trainer(options(out=tmp_path, steps=3)).train()

@@ -16,6 +16,8 @@ from lasp.training.options import LAYOUTS
 
 pytestmark = pytest.mark.mpi(min_size=4)
 STEPS, TOLERANCE = 20, 1e-5
+#: A decay a key dimension, and a transition that is a matrix.
+THOROUGH = ("gla", "gated_delta_net")
 
 
 def options(**given) -> Options:
@@ -35,7 +37,15 @@ def check(run: Options, *ways: Split) -> None:
 
 
 @pytest.mark.usefixtures("world")
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer not in THOROUGH])
+def test_the_same_training(mixer: str) -> None:
+    check(options(mixer=mixer), Split(1, 4, "zigzag", "ring"), Split(2, 2, "zigzag-per-document"))
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    "mixer", [mixer if mixer in THOROUGH else pytest.param(mixer, marks=pytest.mark.slow) for mixer in MIXERS]
+)
 def test_the_same_training_under_every_split(mixer: str) -> None:
     ways = [*splits(4), Split(1, 4, "zigzag-per-document")]
     assert {(s.dp, s.sp) for s in ways} == {(1, 2), (1, 4), (2, 2), (4, 1)}
@@ -44,8 +54,9 @@ def test_the_same_training_under_every_split(mixer: str) -> None:
 
 @pytest.mark.usefixtures("world")
 def test_the_same_training_with_uneven_and_empty_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def table(total: int, _world: int) -> SequenceLayout:
-        return SequenceLayout.from_ranges([[(0, 1), (50, total)], [], [(30, 50), (1, 3)], [(3, 30)]], total)
+    def table(total: int, _world: int, documents: tuple[int, ...] | None = None) -> SequenceLayout:
+        ranges = [[(0, 1), (50, total)], [], [(30, 50), (1, 3)], [(3, 30)]]
+        return SequenceLayout.from_ranges(ranges, total, documents)
 
     monkeypatch.setitem(LAYOUTS, "table", table)
     check(options(), Split(1, 4, "table"), Split(1, 4, "table", "ring"))
@@ -53,8 +64,9 @@ def test_the_same_training_with_uneven_and_empty_ranks(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "lasp2"])
-def test_the_same_training_by_every_method(method: str) -> None:
-    run = options(mixer="simple_gla", steps=8)
+@pytest.mark.parametrize("masked", [True, False], ids=["documents", "stream"])
+def test_the_same_training_by_every_method(method: str, masked: bool) -> None:
+    run = options(mixer="simple_gla", steps=8, document_mask=masked)
     check(run, Split(1, 4, "contiguous", "auto", method), Split(2, 2, "zigzag", "auto", method))
 
 
