@@ -2,6 +2,6 @@
 
 from lasp.data.tokenizers import BYTES, Tokenizer, tokenizer_of
 from lasp.data.tokens import Tokens, tokens_of
-from lasp.data.windows import Windows
+from lasp.data.windows import Part, Windows
 
-__all__ = ["BYTES", "Tokenizer", "Tokens", "Windows", "tokenizer_of", "tokens_of"]
+__all__ = ["BYTES", "Part", "Tokenizer", "Tokens", "Windows", "tokenizer_of", "tokens_of"]

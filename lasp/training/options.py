@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lasp.data import BYTES, Tokens, Windows, tokenizer_of, tokens_of
+from lasp.data import BYTES, Part, Windows, tokenizer_of, tokens_of
 from lasp.layers import FEATURE_MAPS, MIXERS
 from lasp.models import MIXTURE, PRESETS, LinearLlama3Config
 from lasp.parallel import SequenceLayout
@@ -96,9 +96,11 @@ class Options:
     """What to train on: text, or mqar (multi-query associative recall: sequences that ask again for what they told)."""
     pairs: tuple[int, ...] = (16,)
     """Of mqar, how many keys with their values a sequence has to remember; of several numbers, each step draws one."""
-    data: Path | None = None
-    """A file of text or of JSON lines (.jsonl, their "text"), by itself, gzip (.gz) or zstd (.zst), or a directory of them.
+    data: tuple[Path, ...] = ()
+    """Files of text or of JSON lines (.jsonl, their "text"), by themselves, gzip (.gz) or zstd (.zst), or directories of them.
     The sources of Python's standard library if not given."""
+    data_weights: tuple[float, ...] = ()
+    """How much is read of each of several, in proportion; as much as each has if not given."""
     tokenizer: str = BYTES
     """How text becomes tokens: bytes, or the path of a Hugging Face tokenizer.json."""
     data_cache: Path = Path("runs/tokens")
@@ -165,24 +167,27 @@ class Options:
         """
         if self.task == "mqar":
             return Recall(self.model().vocabulary, self.pairs, self.seq_len, self.batch_size, self.seed)
-        tokens = self._tokens()
-        return self._windows(tokens, (0.0, 1.0 - self._kept_back(tokens)))
+        return self._windows(self._parts(trained=True))
 
     def unseen(self) -> Windows | None:
         """What is not trained on, but measured; None where there is none."""
-        if self.task == "mqar" or not (share := self._kept_back(tokens := self._tokens())):
-            return None
-        return self._windows(tokens, (1.0 - share, 1.0))
+        parts = [] if self.task == "mqar" else self._parts(trained=False)
+        return self._windows(parts) if len(parts) == max(1, len(self.data)) else None
 
-    def _tokens(self) -> Tokens:
-        return tokens_of(self.data, tokenizer_of(self.tokenizer), self.data_cache)
+    def _parts(self, trained: bool) -> list[Part]:
+        """What of each text is trained on, or what is not: nothing, where it would be less than a sequence."""
+        found = []
+        for path in self.data or (None,):
+            tokens = tokens_of(path, tokenizer_of(self.tokenizer), self.data_cache)
+            kept = self.validation if len(tokens) * self.validation > self.seq_len + 1 else 0.0
+            if trained or kept:
+                share = (0.0, 1.0 - kept) if trained else (1.0 - kept, 1.0)
+                found.append(Part.of(tokens, self.seq_len, share))
+        return found
 
-    def _kept_back(self, tokens: Tokens) -> float:
-        """The share that is not trained on: none where it would be less than a sequence."""
-        return self.validation if len(tokens) * self.validation > self.seq_len + 1 else 0.0
-
-    def _windows(self, tokens: Tokens, part: tuple[float, float]) -> Windows:
-        return Windows(tokens, self.seq_len, self.batch_size, self.seed, part, self.document_mask)
+    def _windows(self, parts: list[Part]) -> Windows:
+        weights = self.data_weights or None
+        return Windows(parts, self.seq_len, self.batch_size, self.seed, weights, self.document_mask)
 
     def device_type(self) -> str:
         """Where to train: ``"cpu"`` or ``"cuda"``."""
@@ -221,6 +226,8 @@ class Options:
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 0")
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise ValueError(f"--data-weights {self.data_weights}: expected one for each of {len(self.data)} --data")
         if not 0 <= self.validation < 1:
             raise ValueError(f"--validation {self.validation}: must be at least 0 and less than 1")
         if not self.clip > 0:
@@ -256,10 +263,13 @@ class Options:
 
     def saved(self) -> dict[str, Any]:
         """The options in plain types, for a checkpoint."""
-        return {
-            field.name: str(value) if isinstance(value := getattr(self, field.name), Path) else value
-            for field in fields(self)
-        }
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(x) for x in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _choices() -> dict[str, Collection[str]]:

@@ -136,9 +136,10 @@ class Trainer(Loop):
         """See `Loop.measured`: the loss on text that is not trained on, always the same."""
         if self.unseen is None:
             return {}
-        steps = min(self.options.eval_steps, max(1, self.unseen.count // self.unseen.batch_size))
+        windows = sum(part.count for part in self.unseen.parts)
+        steps = min(self.options.eval_steps, max(1, windows // self.unseen.batch_size))
         loss = self.evaluate(self.unseen, range(steps))["loss"]
-        return {"eval_loss": loss, "bits_per_byte": loss * self.unseen.tokens.per_byte / math.log(2)}
+        return {"eval_loss": loss, "bits_per_byte": loss * self.unseen.tokens_per_byte / math.log(2)}
 
     def _shares(self, source: Windows | Recall, step: int) -> dict[str, Tensor]:
         """This rank's shares of the means over all ranks' targets: shares of loss and gradient add up, however it is split."""
@@ -216,26 +217,15 @@ class Trainer(Loop):
         """Where the next step reads, and in what."""
         if isinstance(self.source, Recall):
             return None
-        return {
-            "position": self.source.position(self.done),
-            "tokens": self.source.tokens.digest,
-            "windows": self.source.count,
-        }
+        return {"position": self.source.position(self.done), "windows": self.source.digest}
 
     def _go_on(self, path: Path, state: dict[str, Any]) -> None:
         """Let the next step read where the last run would have."""
         place = state.get("data")
         if isinstance(self.source, Recall) or place is None:
             return
-        was = state["options"]
-        if place["tokens"] != self.source.tokens.digest:
-            raise ValueError(
-                f"--resume {path}: was trained on other data (--data {was['data']}, --tokenizer {was['tokenizer']}, and what "
-                "they hold), of which its place is"
-            )
-        if place["windows"] != self.source.count:
-            raise ValueError(
-                f"--resume {path}: its place is in windows of --seq-len {was['seq_len']} with --validation "
-                f"{was['validation']}; use the same"
-            )
+        if place["windows"] != self.source.digest:
+            names = ("data", "data_weights", "tokenizer", "seq_len", "validation")
+            was = ", ".join(f"--{name.replace('_', '-')} {state['options'].get(name)}" for name in names)
+            raise ValueError(f"--resume {path}: its place is in other data; use the same text and {was}")
         self.source.go_on(place["position"], self.done)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasp.data import Tokens, Windows, tokenizer_of, tokens_of
+from lasp.data import Part, Tokens, Windows, tokenizer_of, tokens_of
 from lasp.data import sources as sources_of_text
 from lasp.data import tokens as tokens_on_disk
 from lasp.data.sources import pieces, source_of
@@ -193,6 +194,7 @@ def test_what_is_killed_starts_over(tmp_path: Path) -> None:
     text.write_bytes(b"0123456789abcde\n" * (3 * tokens_on_disk.BATCH // 16))
     program = f"""
 import time
+from dataclasses import replace
 from pathlib import Path
 from lasp.data import tokens, tokenizer_of
 batches = tokens._batches
@@ -213,6 +215,12 @@ tokens.tokens_of(Path({str(text)!r}), tokenizer_of("bytes"), Path({str(cache)!r}
     found = tokens_of(text, BYTES, cache)
     assert bytes(found.tokens) == text.read_bytes()
     assert not list(cache.glob("*.unfinished"))
+
+
+def windows(
+    tokens: Tokens, seq_len: int, batch: int, seed: int, share: tuple[float, float] = (0.0, 1.0), masked: bool = False
+) -> Windows:
+    return Windows([Part.of(tokens, seq_len, share)], seq_len, batch, seed, masked=masked)
 
 
 # -- windows -------------------------------------------------------------------------------------------------------
@@ -239,18 +247,18 @@ def test_no_window_is_left_out_or_read_twice_however_a_run_is_cut(
 ) -> None:
     """Read with one size of step, then with another from where the first ended."""
     made = corpus([tokens])
-    first, whole = Windows(made, seq_len, batch, seed=1), Windows(made, seq_len, 1, seed=1)
-    second = Windows(made, seq_len, batch + 1, seed=9)
+    first, whole = windows(made, seq_len, batch, seed=1), windows(made, seq_len, 1, seed=1)
+    second = windows(made, seq_len, batch + 1, seed=9)
     second.go_on(first.position(steps), 100)
     starts = [int(row[0]) for step in range(steps) for row in first.rows(step, 0, batch)[0]]
     starts += [int(row[0]) for step in range(100, 103) for row in second.rows(step, 0, batch + 1)[0]]
     assert starts == [int(whole.rows(step, 0, 1)[0][0, 0]) for step in range(len(starts))]
-    epoch = starts[: whole.count]
+    epoch = starts[: whole.round]
     assert len(set(epoch)) == len(epoch)
 
 
 def test_rows_do_not_depend_on_how_a_step_is_split() -> None:
-    whole = Windows(corpus([250]), 20, 6, seed=3)
+    whole = windows(corpus([250]), 20, 6, seed=3)
     inputs, targets = whole.rows(7, 0, 6)
     assert torch.equal(targets, inputs + 1)
     for first in (0, 2, 4):
@@ -267,31 +275,56 @@ def test_documents_are_told_apart(sizes: list[int], seq_len: int, first: int) ->
     made = corpus(sizes)
     if len(made) < seq_len + 1:
         return
-    windows = Windows(made, seq_len, 4, seed=0, masked=True)
-    inputs, targets = (x.flatten().tolist() for x in windows.rows(0, first, 2))
+    found = windows(made, seq_len, 4, seed=0, masked=True)
+    inputs, targets = (x.flatten().tolist() for x in found.rows(0, first, 2))
     begins = set(made.documents.tolist())
-    bounds = windows.documents(0, first, 2)
+    bounds = found.documents(0, first, 2)
     assert bounds is not None
     assert list(bounds[:-1]) == [place for place, token in enumerate(inputs) if place % seq_len == 0 or token in begins]
     assert bounds[-1] == 2 * seq_len
     for token, target in zip(inputs, targets, strict=True):
         assert target == (NO_TARGET if token + 1 in begins else token + 1)
-    every = windows.rows(0, 0, 4)[1]
+    every = found.rows(0, 0, 4)[1]
     cut = [(a, b) for a, b in itertools.pairwise(range(4 * seq_len + 1))]
-    assert torch.equal(windows.take(0, 0, cut)[1], every.flatten())
-    assert windows.targets(0) == int((every != NO_TARGET).sum())
-    assert Windows(made, seq_len, 4, seed=0).documents(0, 0, 2) is None
+    assert torch.equal(found.take(0, 0, cut)[1], every.flatten())
+    assert found.targets(0) == int((every != NO_TARGET).sum())
+    assert windows(made, seq_len, 4, seed=0).documents(0, 0, 2) is None
 
 
 def test_what_validates_is_not_trained_on() -> None:
     made = corpus([1000])
-    train, unseen = (Windows(made, 7, 1, 0, part) for part in ((0.0, 0.9), (0.9, 1.0)))
+    train, unseen = (windows(made, 7, 1, 0, part) for part in ((0.0, 0.9), (0.9, 1.0)))
     read = [
-        {int(t) for step in range(w.count) for x in w.rows(step, 0, 1) for t in x.flatten()} for w in (train, unseen)
+        {int(t) for step in range(w.round) for x in w.rows(step, 0, 1) for t in x.flatten()} for w in (train, unseen)
     ]
     assert not read[0] & read[1]
     assert max(read[0]) < 900 <= min(read[1])
     with pytest.raises(ValueError, match=r"--data made up holds 100 tokens for this: a window of --seq-len 100"):
-        Windows(made, 100, 1, 0, (0.9, 1.0))
+        windows(made, 100, 1, 0, (0.9, 1.0))
     with pytest.raises(ValueError, match=r"--data made up holds 1000 tokens: .* --seq-len 1000 .* need 1001"):
-        Windows(made, 1000, 1, 0)
+        windows(made, 1000, 1, 0)
+
+
+def test_several_texts_are_read_by_their_weights() -> None:
+    """Each as often as it should be, all windows of each before any comes again, and a run goes on where another ended."""
+    sizes, weights = (50, 20_000, 900), (0.5, 0.3, 0.2)
+    texts = [corpus([size]) for size in sizes]
+    parts = [Part.of(replace(text, tokens=text.tokens + 10**6 * i), 7) for i, text in enumerate(texts)]
+    mixed = Windows(parts, 7, 8, 0, weights)
+    drawn = [int(row[0]) for step in range(1024) for row in mixed.rows(step, 0, 8)[0]]
+    for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        own = [token - 10**6 * i for token in drawn if token // 10**6 == i]
+        assert abs(len(own) - 8192 * weight) <= 2
+        for first in range(0, len(own) - part.count + 1, part.count):
+            assert len(set(own[first : first + part.count])) == part.count
+        in_each_hundred = [sum(t // 10**6 == i for t in drawn[at : at + 100]) for at in range(0, 8100, 100)]
+        assert all(abs(count - 100 * weight) <= 2 for count in in_each_hundred)
+    again = Windows(parts, 7, 4, 5, weights)
+    again.go_on(mixed.position(600), 0)
+    assert [int(row[0]) for step in range(10) for row in again.rows(step, 0, 4)[0]] == drawn[4800:4840]
+    assert mixed.digest == again.digest != Windows(parts, 7, 8, 0).digest
+    assert mixed.tokens_per_byte == 1
+    with pytest.raises(ValueError, match=r"--data-weights .*: expected one above 0 for each of 3 --data"):
+        Windows(parts, 7, 8, 0, (1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="the least is less than one window in 4096"):
+        Windows(parts, 7, 8, 0, (1.0, 1e-6, 1.0))

@@ -38,6 +38,7 @@ TINY = ["--hidden", "16", "--heads", "2", "--intermediate", "16", "--seq-len", "
         ("--softmax-sp pigeon", "--softmax-sp pigeon: unknown, expected one of auto, all-gather, ring"),
         ("--feature-map cube", "--feature-map cube: unknown, expected one of identity"),
         ("--tokenizer words", "--tokenizer words: expected bytes, a tokenizer.json or its directory; there is none"),
+        ("--data a b --data-weights 1", "--data-weights .1.0,.: expected one for each of 2 --data"),
         ("--validation 1", "--validation 1.0: must be at least 0 and less than 1"),
         ("--eval-interval 0", "--eval-interval 0: must be at least 1"),
         ("--dtype float8", "--dtype float8: unknown, expected one of float32, bfloat16"),

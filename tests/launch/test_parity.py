@@ -23,7 +23,7 @@ THOROUGH = ("gla", "gated_delta_net")
 def options(**given) -> Options:
     """A hybrid whose sequence no number of ranks divides."""
     small = {"hidden": 32, "heads": 4, "kv_heads": 2, "intermediate": 48, "conv_size": 3, "window": 40}
-    run = {"seq_len": 61, "batch_size": 4, "data": Path(__file__), "steps": STEPS, "lr": 1e-3}
+    run = {"seq_len": 61, "batch_size": 4, "data": (Path(__file__),), "steps": STEPS, "lr": 1e-3}
     return Options(**(small | run | given))
 
 
