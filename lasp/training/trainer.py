@@ -159,7 +159,9 @@ class Trainer(Loop):
         layout, sp, sequences = self.layout, self.sp, rows
         if documents is not None:
             layout = LAYOUTS[self.options.layout](rows * length, layout.world_size, documents)
-            sp, length, sequences = self._shared(layout), rows * length, 1
+            # Kept: what travelled is explained by those that it travelled among.
+            self.sp = sp = self._shared(layout)
+            length, sequences = rows * length, 1
         runs = layout.runs_of(self.sp_rank)
         ranges = [(row * length + start, row * length + end) for row in range(sequences) for start, end in runs]
         # The targets are shifted in the whole window: at the end of a rank's run the target is another rank's input.

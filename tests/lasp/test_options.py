@@ -144,3 +144,10 @@ def test_a_launch_trains(tmp_path: Path) -> None:
     assert str(tmp_path / "metrics.jsonl") in run.stdout
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "checkpoint.pt").is_file()
+
+
+def test_a_run_explains_what_travelled(tmp_path: Path) -> None:
+    run, _ = launch(2, "--steps", "2", "--batch-size", "2", "--explain", "--out", str(tmp_path))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "exchange auto" in run.stdout + run.stderr
+    assert "nothing has travelled yet" not in run.stdout + run.stderr
