@@ -23,8 +23,9 @@ from lasp.launch.megatron_cpu import megatron_on_cpu
 from lasp.models import LinearLlama3, LinearLlama3Config
 from lasp.parallel.mesh import launched_ranks, processes
 from lasp.training import Options, errors_in_one_line
-from lasp.training.loop import Loop, learning_rate
+from lasp.training.loop import Loop
 from lasp.training.options import DTYPES
+from lasp.training.schedule import learning_rate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what is not installed and not used
@@ -66,8 +67,6 @@ class McoreOptions(Options):
     """Megatron's own sequence parallelism: tensor-parallel ranks deal out the tokens of norms."""
     distributed_optimizer: bool = False
     """Whether the ranks share the optimizer's state, and gradients travel while others are made."""
-    recompute: bool = False
-    """Whether layers are computed again in the backward."""
     micro_batch_size: int = 1
     """Sequences that go through the model at once."""
 
@@ -80,6 +79,10 @@ class McoreOptions(Options):
             raise ValueError(f"--tp {self.tp} --cp {self.cp} --pp {self.pp}: do not divide the {world_size} ranks")
         if self.task != "text" or self.layout != "zigzag":
             raise ValueError(f"--task {self.task} --layout {self.layout}: Megatron's loop is given text, in zigzag")
+        if self.fsdp or self.z_loss:
+            raise ValueError(
+                "--fsdp, --z-loss: not to be had in Megatron's loop; for the first use --distributed-optimizer"
+            )
         if self.document_mask:
             raise ValueError("--document-mask: this loop reads a plain stream; leave it out")
         if self.sp == "none" and self.cp > 1:
@@ -114,7 +117,7 @@ class McoreOptions(Options):
         config = self.model()
         return LaspOptions(
             mixer=config.mixer, mom_recurrence=config.mom_recurrence, num_memories=config.num_memories,
-            top_k=config.top_k, shared_memory=config.shared_memory, balance=self.balance, z_loss=self.z_loss,
+            top_k=config.top_k, shared_memory=config.shared_memory, balance=self.balance, z_loss=self.router_z_loss,
             feature_map=config.feature_map, conv_size=config.conv_size, rope_theta=config.rope_theta, sp=self.sp,
             exchange=self.exchange, softmax_sp=self.softmax_sp,
         )  # fmt: skip
@@ -123,8 +126,10 @@ class McoreOptions(Options):
         """What Megatron is told."""
         config, dtype = self.model(), DTYPES[self.dtype]
         recompute: dict[str, Any] = {
-            "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1
-        }  # fmt: skip
+            "none": {},
+            "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+            "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        }
         return TransformerConfig(
             num_layers=config.layers, hidden_size=config.hidden, num_attention_heads=config.heads,
             num_query_groups=config.kv_heads or config.heads, ffn_hidden_size=config.intermediate,
@@ -137,7 +142,7 @@ class McoreOptions(Options):
             bias_dropout_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
             batch_p2p_sync=self.device_type() == "cuda",
             hetereogenous_dist_checkpoint=True, finalize_model_grads_func=finalize_model_grads,
-            **(recompute if self.recompute else {}),
+            **recompute[self.recompute],
         )  # fmt: skip
 
 

@@ -61,3 +61,14 @@ def all_ranks(mesh: DeviceMesh) -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None
     return world
+
+
+def all_ranks_apart(mesh: DeviceMesh) -> DeviceMesh:
+    """All the mesh's ranks on one axis, with a group of their own: what it carries does not wait behind the states.
+
+    Raises:
+        ValueError: where they are not all ranks of the job, of which all take part.
+    """
+    if mesh.size() != dist.get_world_size():
+        raise ValueError(f"expected a mesh of all {dist.get_world_size()} ranks, given {mesh.size()}")
+    return DeviceMesh.from_group(dist.new_group(), mesh.device_type, mesh_dim_names=("ranks",))

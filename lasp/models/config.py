@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from lasp.layers.features import feature_map
 from lasp.layers.linear import mixer_type
@@ -86,6 +87,10 @@ class LinearLlama3Config:
             raise ValueError(f"top_k={self.top_k} must be from 1 to num_memories={self.num_memories}")
         if self.feature_map is not None:
             feature_map(self.feature_map)
+
+    def plain(self) -> dict[str, Any]:
+        """All of it in plain types, as JSON holds it."""
+        return asdict(self)
 
     @property
     def kinds(self) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lasp.layers.linear import mixer_type
 from lasp.layers.mom import MixtureOfMemories, PerMemory
@@ -15,6 +18,9 @@ from lasp.layers.softmax import SoftmaxAttention
 from lasp.models.config import MIXTURE, LinearLlama3Config
 from lasp.ops.inputs import CuSeqlens
 from lasp.parallel import SequenceParallel
+
+#: What of a layer the backward may compute again: nothing, its MLP, or all of it.
+RECOMPUTE = ("none", "selective", "full")
 
 
 class SwiGLU(nn.Module):
@@ -32,10 +38,15 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
+    """One layer: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``.
 
-    def __init__(self, config: LinearLlama3Config, layer_idx: int):
+    Attributes:
+        recompute: what of it the backward computes again instead of keeping it, of `RECOMPUTE`.
+    """
+
+    def __init__(self, config: LinearLlama3Config, layer_idx: int, recompute: str = "none"):
         super().__init__()
+        self.recompute = recompute
         self.mixer_norm = RMSNorm(config.hidden, config.norm_eps)
         self.mixer = _mixer(config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
@@ -43,8 +54,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """x: ``[B, T, hidden]``."""
+        return self._perhaps_again("full", self._layer, x, sp, cu_seqlens)
+
+    def _layer(self, x: Tensor, sp: SequenceParallel | None, cu_seqlens: CuSeqlens) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), sp=sp, cu_seqlens=cu_seqlens)
+        return self._perhaps_again("selective", self._fed, x)
+
+    def _fed(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.mlp_norm(x))
+
+    def _perhaps_again(self, when: str, part: Callable[..., Tensor], *given: Any) -> Tensor:
+        """A part of the layer; where that is what `recompute` says, only its input is kept for the backward."""
+        if self.recompute != when or not torch.is_grad_enabled():
+            return part(*given)
+        # Nothing is drawn at random.
+        return cast(Tensor, checkpoint(part, *given, use_reentrant=False, preserve_rng_state=False))
 
 
 def _mixer(config: LinearLlama3Config, layer_idx: int) -> nn.Module:
@@ -86,13 +110,14 @@ class LinearLlama3(nn.Module):
 
     Args:
         config: its shape.
+        recompute: what of its layers the backward computes again instead of keeping it, of `RECOMPUTE`.
     """
 
-    def __init__(self, config: LinearLlama3Config):
+    def __init__(self, config: LinearLlama3Config, recompute: str = "none"):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
-        self.blocks = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer_idx, recompute) for layer_idx in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
         if config.tied:

@@ -50,8 +50,11 @@ def rms_norm(
 
         if weight.shape[0] <= norm.WIDEST:
             return norm.rms_norm(x, gate, weight, eps, activation)
-    wide = at_least_float32(x).unflatten(-1, (groups, -1))
-    normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).flatten(-2)
+    wide = at_least_float32(x)
+    # One group is no view: of a module's output FSDP wants none.
+    rows = wide if groups == 1 else wide.unflatten(-1, (groups, -1))
+    normed = F.rms_norm(rows, weight.shape, weight.to(wide.dtype), eps)
+    normed = normed if groups == 1 else normed.flatten(-2)
     if gate is not None:
         normed = normed * GATES[activation](at_least_float32(gate))
     return normed.to(x.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lasp.training.metrics import Metrics, Row
 from lasp.training.options import Options
+from lasp.training.schedule import learning_rate
 
 
 class Loop(ABC):
@@ -97,11 +97,3 @@ class Loop(ABC):
             )
             for step, figures in enumerate(values, first)
         ]
-
-
-def learning_rate(options: Options, step: int) -> float:
-    """That of a step, from 0: linear from 0 over the warm-up, then along a cosine to a tenth of the peak."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    way = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return options.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * way)))

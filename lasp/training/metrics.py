@@ -27,6 +27,7 @@ class Row:
         lr: learning rate.
         eval_loss: mean cross entropy of tokens that are not trained on, of the steps that measure it.
         bits_per_byte: the same in bits a byte of text, which does not depend on the tokenizer.
+        z_loss: mean squared logarithm of the logits' normaliser, where it is trained on.
         accuracy: the share of the answers that are right, of tasks that have some; None for others.
         balance_loss: of the mixtures of memories, `lasp.layers.balance`; None where there are none, as the following.
         router_entropy: of their routers' probabilities, in nats.
@@ -43,6 +44,7 @@ class Row:
     lr: float
     eval_loss: float | None = None
     bits_per_byte: float | None = None
+    z_loss: float | None = None
     accuracy: float | None = None
     balance_loss: float | None = None
     router_entropy: float | None = None

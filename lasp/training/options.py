@@ -11,7 +11,7 @@ import torch
 
 from lasp.data import BYTES, Part, Windows, tokenizer_of, tokens_of
 from lasp.layers import FEATURE_MAPS, MIXERS
-from lasp.models import MIXTURE, PRESETS, LinearLlama3Config
+from lasp.models import MIXTURE, PRESETS, RECOMPUTE, LinearLlama3Config
 from lasp.parallel import SequenceLayout
 from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
@@ -25,6 +25,8 @@ LAYOUTS = {
 }
 #: What there is to train on, as ``--task`` takes it.
 TASKS = ("text", "mqar")
+#: How the learning rate goes after the warm-up, as ``--schedule`` takes it: see `lasp.training.schedule`.
+SCHEDULES = ("cosine", "wsd")
 #: What the matrix products are computed in, as ``--dtype`` takes it.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -52,7 +54,7 @@ class Options:
     """Whether a mixture has one more memory, for all tokens. The preset's if not given."""
     balance: float = 0.01
     """Weight of the loss by which a mixture's tokens choose its memories evenly."""
-    z_loss: float = 0.0
+    router_z_loss: float = 0.0
     """Weight of the loss that keeps the logits of a mixture's routers small."""
     pattern: str | None = None
     """A letter a layer, repeated over the depth: L linear, N softmax ("normal"), as in LLLN. The preset's if not given."""
@@ -91,6 +93,15 @@ class Options:
     """Tell after the first step why auto chose the exchange that it did."""
     softmax_sp: str = "auto"
     """How the softmax layers' keys and values travel: auto (the method's own), all-gather, ring or ulysses."""
+    fsdp: bool = False
+    """Whether all ranks share weights, gradients and the optimizer's state, a layer's weights being gathered where it is
+    computed (FSDP2). If not, each rank holds all of them."""
+    micro_batch_size: int | None = None
+    """Sequences that a rank's model takes at once; the gradients of several add up to the step's. All of its own if not
+    given."""
+    recompute: str = "none"
+    """What the backward computes again instead of keeping it: none, selective (the MLPs: nothing travels twice), full (whole
+    layers)."""
 
     task: str = "text"
     """What to train on: text, or mqar (multi-query associative recall: sequences that ask again for what they told)."""
@@ -121,13 +132,21 @@ class Options:
     steps: int = 300
     """How many steps to train, those before a resumed checkpoint included."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW; it falls along a cosine to a tenth at the last step."""
+    """Peak learning rate of AdamW."""
     warmup: int = 20
     """Steps over which the learning rate rises to its peak."""
+    schedule: str = "cosine"
+    """How it goes on: cosine (falls from there to the last step), wsd (stays, and falls over the last steps alone)."""
+    decay: float = 0.2
+    """Of wsd, the share of the steps over which it falls."""
+    min_lr: float = 0.1
+    """How much of the peak is left after the last step."""
     weight_decay: float = 0.1
     """Of AdamW, on matrices only."""
     clip: float = 1.0
-    """Largest norm of the gradient; a larger one is scaled down to it."""
+    """Largest norm of the gradient, over all weights; a larger one is scaled down to it."""
+    z_loss: float = 0.0
+    """Weight of the loss that keeps the logits' normaliser near 1 (log² of it; PaLM takes 1e-4)."""
     dtype: str = "float32"
     """What the matrix products are computed in: float32 or bfloat16. Weights, norms and gates are float32 in both."""
     device: str = "auto"
@@ -136,13 +155,16 @@ class Options:
     """Of the initial weights and of the order of the data."""
 
     out: Path = Path("runs/pretrain")
-    """Directory for metrics.jsonl, the plot and the checkpoint."""
+    """Directory for metrics.jsonl, the plot and the checkpoints."""
     resume: str | None = None
-    """Continue from a checkpoint: its path, or auto for the one in --out where there is one."""
+    """Continue from a checkpoint, on as many ranks as there are: its directory, that of its run, or auto for the last one in
+    --out where there is one."""
     log_interval: int = 10
     """Steps between two readings of the loss from the device. metrics.jsonl has every step in any case."""
     checkpoint_interval: int = 1000
     """Steps between two checkpoints; the last step writes one in any case."""
+    keep_checkpoints: int = 2
+    """How many of them stay, the last ones."""
 
     def model(self) -> LinearLlama3Config:
         """The preset, with what was given in its place."""
@@ -211,6 +233,8 @@ class Options:
             "steps",
             "log_interval",
             "checkpoint_interval",
+            "keep_checkpoints",
+            "micro_batch_size",
             "eval_interval",
             "eval_steps",
         ):
@@ -221,6 +245,7 @@ class Options:
             ("warmup", 0),
             ("weight_decay", 0.0),
             ("balance", 0.0),
+            ("router_z_loss", 0.0),
             ("z_loss", 0.0),
             ("seed", 0),
         ):
@@ -228,6 +253,9 @@ class Options:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 0")
         if self.data_weights and len(self.data_weights) != len(self.data):
             raise ValueError(f"--data-weights {self.data_weights}: expected one for each of {len(self.data)} --data")
+        for name in ("min_lr", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be from 0 to 1")
         if not 0 <= self.validation < 1:
             raise ValueError(f"--validation {self.validation}: must be at least 0 and less than 1")
         if not self.clip > 0:
@@ -258,6 +286,11 @@ class Options:
                 f"--batch-size {self.batch_size}: the {world_size // sp_size} data-parallel ranks "
                 f"({world_size} ranks, --sp-size {sp_size}) do not divide it"
             )
+        rows = self.batch_size * sp_size // world_size
+        if self.micro_batch_size is not None and rows % self.micro_batch_size:
+            raise ValueError(
+                f"--micro-batch-size {self.micro_batch_size}: does not divide a data-parallel rank's {rows} sequences a step"
+            )
         if self.seq_len < sp_size:
             raise ValueError(f"--seq-len {self.seq_len}: shorter than --sp-size {sp_size}")
 
@@ -283,6 +316,8 @@ def _choices() -> dict[str, Collection[str]]:
         "layout": LAYOUTS,
         "exchange": ("auto", *EXCHANGES),
         "softmax_sp": ("auto", *SOFTMAX),
+        "recompute": RECOMPUTE,
+        "schedule": SCHEDULES,
         "task": TASKS,
         "dtype": DTYPES,
         "device": ("auto", "cpu", "cuda"),

@@ -4,48 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from lasp.data import Windows
+from lasp.data import Windows, tokenizer_of
 from lasp.layers import balance
 from lasp.models import LinearLlama3
-from lasp.parallel import SequenceLayout, SequenceParallel
-from lasp.parallel.mesh import all_ranks
-from lasp.training import checkpoint
+from lasp.parallel.mesh import all_ranks, all_ranks_apart
+from lasp.training import checkpoint, sharding
+from lasp.training.batches import Batch, Batches
 from lasp.training.gradients import Gradients
-from lasp.training.loop import Loop, learning_rate
-from lasp.training.loss import right_answers, sum_of_cross_entropies
+from lasp.training.loop import Loop
+from lasp.training.loss import right_answers, sums_of_losses
 from lasp.training.metrics import LOAD
-from lasp.training.options import DTYPES, LAYOUTS, Options
+from lasp.training.options import DTYPES, Options
 from lasp.training.recall import Recall
+from lasp.training.schedule import learning_rate
 
-
-@dataclass(frozen=True)
-class Batch:
-    """A rank's tokens of a step.
-
-    Attributes:
-        inputs: ``[rows, T_local]``, int64.
-        targets: likewise; those below 0 are none.
-        sp: the ranks that share the rows, and their documents; None where each rank has its own rows.
-        cu_seqlens: the documents, where there is no `sp`.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    sp: SequenceParallel | None
-    cu_seqlens: tuple[int, ...] | None
+#: What AdamW keeps of a parameter, beside how many steps it made.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trainer(Loop):
-    """A model, its data, and how a step is dealt out.
+    """A model, its data, and what a step does to it.
 
     Args:
         options: what to train.
@@ -59,28 +46,17 @@ class Trainer(Loop):
         self.options = options
         self.device = torch.device(mesh.device_type)
         self.everyone = all_ranks(mesh)
-
-        sp_size = mesh["sp"].size()
-        self.layout = LAYOUTS[options.layout](options.seq_len, sp_size)
-        self.sp_rank = mesh.get_local_rank("sp")
-        self.sp: SequenceParallel | None = None
-        self.group = None if options.sp == "none" else mesh["sp"].get_group()
-        self.sp = self._shared(self.layout)
-        self.rows_here = options.batch_size // mesh["dp"].size()
-        self.first_row = self.rows_here * mesh.get_local_rank("dp")
+        self.batches = Batches(options, mesh)
         self.source, self.unseen = options.source(), options.unseen()
 
         torch.manual_seed(options.seed)  # every rank draws the same weights
-        self.model = LinearLlama3(options.model()).to(self.device)
-        self.gradients = Gradients(self.model.parameters())
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        others = [p for p in self.model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=options.lr,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        self.model = LinearLlama3(options.model(), options.recompute)
+        if options.fsdp:
+            sharding.share(self.model, all_ranks_apart(mesh), DTYPES[options.dtype])
+        self.model.to(self.device)
+        self.gradients = Gradients(self.model.parameters(), self.everyone)
+        self.optimizer = _adamw(self.model, options)
+        self.checkpoints = checkpoint.Checkpoints(options.out, options.keep_checkpoints)
         self.done = 0
         self._resume()
 
@@ -88,36 +64,35 @@ class Trainer(Loop):
 
     def step(self) -> dict[str, Tensor]:
         """See `Loop.step`."""
-        shares = self._shares(self.source, self.done)
-        loss = shares["loss"]
-        routings = self.model.routings
-        balanced = balance(routings, self.everyone) if routings else None
+        options, targets = self.options, max(1, self.source.targets(self.done))
         self.gradients.zero()
-        whole = loss
-        if balanced is not None:
-            whole = loss + self.options.balance * balanced.loss + self.options.z_loss * balanced.z_loss
-        whole.backward()
-        self.gradients.sum_over(self.everyone)
-        norm = self.gradients.clip(self.options.clip)
+        shares: dict[str, Tensor] = {}
+        known: dict[str, Tensor] = {}
+        for batch in self.batches.of(self.source, self.done):
+            objective, found = self._shares(batch, targets)
+            if routings := self.model.routings:
+                # A step's balance is the mean of its batches': what is even in each is even in all.
+                balanced, own = balance(routings, self.everyone), 1 / self.batches.number
+                objective = (
+                    objective + own * options.balance * balanced.loss + own * options.router_z_loss * balanced.z_loss
+                )
+                found |= {"balance_loss": own * balanced.loss, "router_entropy": own * balanced.entropy}
+                found |= {"router_z_loss": own * balanced.z_loss, "dropped": balanced.dropped}
+                _add(known, {f"{LOAD}{memory}": own * load for memory, load in enumerate(balanced.load)})
+            objective.backward()
+            _add(shares, found)
+        self.gradients.sum()
+        norm = self.gradients.clip(options.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.options, self.done)
+            group["lr"] = learning_rate(options, self.done)
         self.optimizer.step()
         self.done += 1
-
-        shares["loss"] = loss.detach()
-        if balanced is not None:
-            shares |= {"balance_loss": balanced.loss.detach(), "router_entropy": balanced.entropy}
-            shares |= {"router_z_loss": balanced.z_loss.detach(), "dropped": balanced.dropped}
-        total = torch.stack(list(shares.values()))
-        dist.all_reduce(total, group=self.everyone)
-        figures = dict(zip(shares, total, strict=True)) | {"grad_norm": norm}
-        if balanced is not None:
-            figures |= {f"{LOAD}{memory}": load for memory, load in enumerate(balanced.load)}
-        return figures
+        return self._summed(shares) | {"grad_norm": norm} | known
 
     def explain(self) -> str:
         """Why states travel as they do, after a step."""
-        return "one rank a sequence: nothing travels" if self.sp is None else self.sp.explain()
+        sp = self.batches.sp
+        return "one rank a sequence: nothing travels" if sp is None else sp.explain()
 
     @torch.no_grad()
     def evaluate(self, source: Windows | Recall, steps: Iterable[int]) -> dict[str, Tensor]:
@@ -127,10 +102,13 @@ class Trainer(Loop):
             source: like the one that is trained on, as long and of as many sequences a step.
             steps: which of its steps, at least one.
         """
-        taken = [self._shares(source, step) for step in steps]
-        total = torch.stack([torch.stack(list(shares.values())) for shares in taken]).mean(0)
-        dist.all_reduce(total, group=self.everyone)
-        return dict(zip(taken[0], total, strict=True))
+        shares: dict[str, Tensor] = {}
+        taken = list(steps)
+        for step in taken:
+            for batch in self.batches.of(source, step):
+                _add(shares, self._shares(batch, max(1, source.targets(step)) * len(taken))[1])
+        sharding.part(self.model)
+        return self._summed(shares)
 
     def measured(self) -> dict[str, Tensor]:
         """See `Loop.measured`: the loss on text that is not trained on, always the same."""
@@ -141,79 +119,73 @@ class Trainer(Loop):
         loss = self.evaluate(self.unseen, range(steps))["loss"]
         return {"eval_loss": loss, "bits_per_byte": loss * self.unseen.tokens_per_byte / math.log(2)}
 
-    def _shares(self, source: Windows | Recall, step: int) -> dict[str, Tensor]:
-        """This rank's shares of the means over all ranks' targets: shares of loss and gradient add up, however it is split."""
-        batch = self.batch(source, step)
-        targets, count = batch.targets, max(1, source.targets(step))
-        with torch.autocast(self.device.type, DTYPES[self.options.dtype], enabled=self.options.dtype != "float32"):
-            features = self.model.features(batch.inputs, sp=batch.sp, cu_seqlens=batch.cu_seqlens)
-            shares = {"loss": sum_of_cross_entropies(self.model, features, targets) / count}
-        if self.options.task == "mqar":
-            shares["accuracy"] = right_answers(self.model, features, targets) / count
-        return shares
+    def _shares(self, batch: Batch, targets: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's share of what is made small, and of figures: shares add up, however a step is split.
 
-    def batch(self, source: Windows | Recall, step: int) -> Batch:
-        """This rank's tokens of a source's step: of its rows, which are one sequence where documents are told apart."""
-        first, rows, length = self.first_row, self.rows_here, self.options.seq_len
-        documents = source.documents(step, first, rows)
-        layout, sp, sequences = self.layout, self.sp, rows
-        if documents is not None:
-            layout = LAYOUTS[self.options.layout](rows * length, layout.world_size, documents)
-            # Kept: what travelled is explained by those that it travelled among.
-            self.sp = sp = self._shared(layout)
-            length, sequences = rows * length, 1
-        runs = layout.runs_of(self.sp_rank)
-        ranges = [(row * length + start, row * length + end) for row in range(sequences) for start, end in runs]
-        # The targets are shifted in the whole window: at the end of a rank's run the target is another rank's input.
-        inputs, targets = (
-            x.view(sequences, layout.local_tokens(self.sp_rank)).to(self.device, non_blocking=True)
-            for x in source.take(step, first, ranges)
-        )
-        return Batch(inputs, targets, sp, documents if sp is None else None)
-
-    def _shared(self, layout: SequenceLayout) -> SequenceParallel | None:
-        """The ranks of a sequence of that layout; None where each has its own."""
-        if self.group is None:
-            return None
+        Args:
+            batch: some of this rank's tokens.
+            targets: how many targets all ranks have, in all batches, over which the means are taken.
+        """
         options = self.options
-        return SequenceParallel(
-            self.group, layout, method=options.sp, exchange=options.exchange, softmax=options.softmax_sp,
-            # Later layouts are made alike on all ranks, of the same data, as the first was.
-            check=self.sp is None,
-        )  # fmt: skip
+        with torch.autocast(self.device.type, DTYPES[options.dtype], enabled=options.dtype != "float32"):
+            features = self.model.features(batch.inputs, sp=batch.sp, cu_seqlens=batch.cu_seqlens)
+            sums = sums_of_losses(self.model, features, batch.targets, z_loss=options.z_loss > 0)
+        objective = sums.cross_entropy / targets
+        found = {"loss": objective.detach()}
+        if sums.z_loss is not None:
+            found["z_loss"] = sums.z_loss.detach() / targets
+            objective = objective + options.z_loss * sums.z_loss / targets
+        if options.task == "mqar":
+            found["accuracy"] = right_answers(self.model, features, batch.targets) / targets
+        return objective, found
+
+    def _summed(self, shares: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Over all ranks, by one collective."""
+        total = torch.stack(list(shares.values()))
+        dist.all_reduce(total, group=self.everyone)
+        return dict(zip(shares, total, strict=True))
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint, on rank 0: all have the same."""
-        if dist.get_rank() > 0:
-            return
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.done,
+        """See `Loop.save`: written while the run goes on, the last one at once."""
+        tokenizer = None if isinstance(self.source, Recall) else self.options.tokenizer
+        told = {
+            "model": self.model.config.plain(),
+            "tokenizer": tokenizer,
+            "tokenizer_digest": tokenizer and tokenizer_of(tokenizer).digest,
             "data": self._position(),
             "options": self.options.saved(),
         }
-        checkpoint.save(self.options.out, state)
+        self.checkpoints.save(self.done, self._state(), told, lambda _: None)
+        if self.done == self.options.steps:
+            self.checkpoints.wait()
+
+    def _state(self) -> checkpoint.State:
+        """All that a step changes, by the names of the model's parameters: of this rank."""
+        optimizer: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            kept = self.optimizer.state[parameter]
+            if not kept:  # before the first step
+                kept |= {key: torch.zeros_like(parameter) for key in MOMENTS}
+                kept["step"] = torch.zeros((), device=parameter.device)
+            optimizer |= {f"{name}.{key}": kept[key] for key in (*MOMENTS, "step")}
+        return {"model": dict(self.model.named_parameters()), "optimizer": optimizer}
 
     def _resume(self) -> None:
         resume, out = self.options.resume, self.options.out
-        if resume is None or (resume == "auto" and not (out / checkpoint.NAME).is_file()):
+        if resume is None or (resume == "auto" and checkpoint.latest(out / checkpoint.FOLDER) is None):
             return
-        path = out if resume == "auto" else Path(resume)
-        state = checkpoint.load(path)
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            was = state.get("options", {})
-            raise ValueError(
-                f"--resume {path}: holds another model than the options describe (it was trained with --preset "
-                f"{was.get('preset')}, --mixer {was.get('mixer')}, --pattern {was.get('pattern')})"
-            ) from error
-        self.done = state["step"]
-        self._go_on(path, state)
+        path = checkpoint.find(out if resume == "auto" else Path(resume))
+        told = checkpoint.read_marker(path)
+        ours, theirs = self.model.config.plain(), told["model"]
+        if other := [name for name in ours if ours[name] != theirs.get(name)]:
+            was = ", ".join(f"{name}={theirs.get(name)!r} (here {ours[name]!r})" for name in other)
+            raise ValueError(f"--resume {path}: holds another model than the options describe: {was}")
+        self._go_on(path, told)
+        with torch.no_grad():
+            checkpoint.load(path, self._state(), told)
+        self.done = told["step"]
 
     def _position(self) -> dict[str, Any] | None:
         """Where the next step reads, and in what."""
@@ -221,13 +193,36 @@ class Trainer(Loop):
             return None
         return {"position": self.source.position(self.done), "windows": self.source.digest}
 
-    def _go_on(self, path: Path, state: dict[str, Any]) -> None:
+    def _go_on(self, path: Path, told: dict[str, Any]) -> None:
         """Let the next step read where the last run would have."""
-        place = state.get("data")
+        place, options = told["data"], self.options
         if isinstance(self.source, Recall) or place is None:
             return
+        if told["tokenizer_digest"] != tokenizer_of(options.tokenizer).digest:
+            raise ValueError(
+                f"--tokenizer {options.tokenizer}: --resume {path} was trained with another, {told['tokenizer']}"
+            )
         if place["windows"] != self.source.digest:
             names = ("data", "data_weights", "tokenizer", "seq_len", "validation")
-            was = ", ".join(f"--{name.replace('_', '-')} {state['options'].get(name)}" for name in names)
+            was = ", ".join(f"--{name.replace('_', '-')} {told['options'].get(name)}" for name in names)
             raise ValueError(f"--resume {path}: its place is in other data; use the same text and {was}")
-        self.source.go_on(place["position"], self.done)
+        self.source.go_on(tuple(place["position"]), told["step"])
+
+
+def _adamw(model: LinearLlama3, options: Options) -> torch.optim.AdamW:
+    """Only what multiplies decays: neither norms nor biases, nor the recurrences' own decays."""
+    alike: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for p in model.parameters():
+        # Its kernel takes weights that ranks share and others, but not together.
+        alike.setdefault((p.dim() >= 2, isinstance(p, DTensor)), []).append(p)
+    groups = [
+        {"params": of_a_kind, "weight_decay": options.weight_decay if matrices else 0.0}
+        for (matrices, _), of_a_kind in alike.items()
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
+
+
+def _add(total: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Add figures to those of the same names."""
+    for name, x in found.items():
+        total[name] = total[name] + x.detach() if name in total else x.detach()

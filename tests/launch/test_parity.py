@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lasp import SequenceLayout
@@ -27,10 +29,10 @@ def options(**given) -> Options:
     return Options(**(small | run | given))
 
 
-def check(run: Options, *ways: Split) -> None:
+def check(run: Options, *ways: Split, **changed) -> None:
     alone = train(run, ALONE)
     for split in ways:
-        given = train(run, split)
+        given = train(replace(run, **changed), split)
         if given is not None and alone is not None:
             found = Deviation.between(given, alone, run.mixer or "", split)
             assert found.within(TOLERANCE), str(found)
@@ -50,6 +52,36 @@ def test_the_same_training_under_every_split(mixer: str) -> None:
     ways = [*splits(4), Split(1, 4, "zigzag-per-document")]
     assert {(s.dp, s.sp) for s in ways} == {(1, 2), (1, 4), (2, 2), (4, 1)}
     check(options(mixer=mixer), *ways)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    ("mixer", "changed"),
+    [
+        ("gated_delta_net", {"fsdp": True}),
+        ("gated_delta_net", {"fsdp": True, "recompute": "full", "micro_batch_size": 1}),
+        ("gated_delta_net", {"recompute": "selective", "micro_batch_size": 1}),
+        ("mom", {"fsdp": True, "recompute": "full"}),
+        pytest.param("mom", {"recompute": "selective", "micro_batch_size": 1}, marks=pytest.mark.slow),
+        pytest.param("mamba2", {"fsdp": True, "recompute": "selective"}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_training_whoever_keeps_what(mixer: str, changed: dict) -> None:
+    """Weights shared by ranks, gradients added up batch by batch, activations computed again."""
+    # What is balanced batch by batch is another balance.
+    run = options(steps=5, mixer=mixer, z_loss=1e-3, balance=0.0 if "micro_batch_size" in changed else 0.01)
+    check(run, Split(1, 4, "zigzag", "ring"), Split(2, 2), **changed)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("split", [Split(1, 4), Split(4, 1)], ids=str)
+def test_shared_weights_in_bfloat16_are_those_that_are_not_shared(split: Split) -> None:
+    """Weights travel as they are computed with, and gradients add up in float32."""
+    run = options(steps=3, dtype="bfloat16", mixer="mamba2")
+    whole, shared = train(run, split), train(replace(run, fsdp=True), split)
+    assert whole is not None
+    assert shared is not None
+    assert torch.allclose(whole, shared, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("world")
@@ -74,11 +106,14 @@ def test_the_same_training_by_every_method(method: str, masked: bool) -> None:
 def test_a_share_that_is_counted_twice_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: a loss divided by a rank's own targets is not the mean over all."""
     from lasp.training import trainer
+    from lasp.training.loss import Sums
 
-    exact = trainer.sum_of_cross_entropies
+    exact = trainer.sums_of_losses
     run = options(steps=2)
     alone = train(run, ALONE)
-    monkeypatch.setattr(trainer, "sum_of_cross_entropies", lambda *given: exact(*given) * 1.001)
+    monkeypatch.setattr(
+        trainer, "sums_of_losses", lambda *given, **how: Sums(exact(*given, **how).cross_entropy * 1.001, None)
+    )
     given = train(run, Split(1, 4))
     assert given is not None
     if alone is not None:
