@@ -108,8 +108,8 @@ class Options:
     pairs: tuple[int, ...] = (16,)
     """Of mqar, how many keys with their values a sequence has to remember; of several numbers, each step draws one."""
     data: tuple[Path, ...] = ()
-    """Files of text or of JSON lines (.jsonl, their "text"), by themselves, gzip (.gz) or zstd (.zst), or directories of them.
-    The sources of Python's standard library if not given."""
+    """Files of text, of JSON lines (.jsonl, their "text") or of parquet (.parquet, likewise), by themselves, gzip (.gz) or zstd
+    (.zst), or directories of them. The sources of Python's standard library if not given."""
     data_weights: tuple[float, ...] = ()
     """How much is read of each of several, in proportion; as much as each has if not given."""
     tokenizer: str = BYTES
@@ -119,7 +119,7 @@ class Options:
     document_mask: bool = True
     """Whether documents are told apart: states, attention and convolutions begin anew with each."""
     validation: float = 0.01
-    """Share of the tokens, the last, that is not trained on; none where it is less than a sequence."""
+    """Share of each text's tokens, the last, that is not trained on; none where it is less than a sequence."""
     eval_interval: int | None = None
     """Steps between two measurements of the loss on the tokens that are not trained on; at the end only if not given."""
     eval_steps: int = 8
