@@ -36,21 +36,23 @@ def rows(file: Path, stream: IO[bytes], column: str) -> Iterator[bytes]:
     scan = ParquetFragmentScanOptions(
         use_buffered_stream=True, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
     )
-    number = 0
+    number, size = 0, os.fstat(stream.fileno()).st_size
     with TemporaryDirectory() as locks:
         try:
             with ParquetFile(file) as parquet:
                 count, names = parquet.metadata.num_rows, parquet.schema_arrow.names
             if column not in names:
                 raise ValueError(f"--data {file}: no column {column}, but {', '.join(names)}")
-            for row in datasets.IterableDataset.from_parquet(
+            found = datasets.IterableDataset.from_parquet(
                 glob.escape(str(file.absolute())), columns=[column], batch_size=ROWS, fragment_scan_options=scan,
                 cache_dir=locks,
-            ):  # fmt: skip
-                number += 1
-                if not isinstance(row[column], str):
-                    raise ValueError(f"--data {file}: row {number} has no text in its column {column}")
-                stream.seek(os.fstat(stream.fileno()).st_size * number // count)
-                yield row[column].encode()
+            )  # fmt: skip
+            for batch in found.iter(ROWS):
+                for text in batch[column]:
+                    number += 1
+                    if not isinstance(text, str):
+                        raise ValueError(f"--data {file}: row {number} has no text in its column {column}")
+                    yield text.encode()
+                stream.seek(size * number // count)
         except (pyarrow.ArrowException, OSError, UnicodeError) as error:
             raise ValueError(f"--data {file}: cut short or damaged: {error}") from None

@@ -96,7 +96,8 @@ def test_a_row_of_parquet_is_a_document(tmp_path: Path, monkeypatch: pytest.Monk
     assert documents(tmp_path / "data") == [text.encode() for text in [*texts, "last"] if text]
     size = source_of(tmp_path / "data").size
     read = [piece.read for piece in pieces(source_of(tmp_path / "data"))]
-    assert 0 < read[0] < size / 10
+    assert 0 <= read[0] < size / 10
+    assert size / 4 < read[len(read) // 2] < 3 * size / 4
     assert read == sorted(read)
     assert read[-1] == size
     assert not copies.exists()
@@ -171,7 +172,7 @@ def test_the_default_corpus_is_a_few_megabytes_of_python() -> None:
         ("a.jsonl", b'{"content": "a"}\n', r'a\.jsonl: line 1 has no text: expected {"text": "\.\.\."}'),
         ("a.jsonl", b"\n\n", r"--data .*: no text there"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl: line 1 is not text: .*surrogates not allowed"),
-        ("a.jsonl", b"\n" + b"[" * 100_000, r"a\.jsonl: line 2 is no JSON: .*recursion"),
+        ("a.jsonl", b"\n" + b"[" * 100_000, r"a\.jsonl: line 2 is no JSON: ."),
     ],
 )
 def test_what_is_no_text_is_one_clear_error(name: str, content: bytes, message: str, tmp_path: Path) -> None:
