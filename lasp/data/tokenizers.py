@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,12 +64,12 @@ class HuggingFace(Tokenizer):
     """
 
     def __init__(self, path: Path):
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = path / "tokenizer.json" if os.path.isdir(path) else path
         try:
             from tokenizers import Tokenizer as Reader
         except ImportError:
             raise ValueError(f"--tokenizer {path}: needs the package tokenizers, install it") from None
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ValueError(f"--tokenizer {path}: expected {BYTES}, a tokenizer.json or its directory; there is none")
         try:
             content = file.read_bytes()
