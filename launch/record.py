@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 #: Packages whose versions change a figure.
-PACKAGES = ("lasp", "torch", "triton", "numpy", "flash-linear-attention", "megatron-core")
+PACKAGES = ("lasp", "torch", "triton", "numpy", "tokenizers", "flash-linear-attention", "megatron-core")
 
 
 #: The environment variable by which a launcher other than torchrun says how it was called.

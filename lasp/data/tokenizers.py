@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,26 +64,29 @@ class HuggingFace(Tokenizer):
     """
 
     def __init__(self, path: Path):
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = path / "tokenizer.json" if os.path.isdir(path) else path
         try:
             from tokenizers import Tokenizer as Reader
         except ImportError:
             raise ValueError(f"--tokenizer {path}: needs the package tokenizers, install it") from None
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ValueError(f"--tokenizer {path}: expected {BYTES}, a tokenizer.json or its directory; there is none")
-        content = file.read_bytes()
         try:
+            content = file.read_bytes()
             self._reader = Reader.from_buffer(content)
+            self.vocabulary = 1 + max(self._reader.get_vocab(with_added_tokens=True).values())
         except Exception as error:  # the package raises plain Exceptions
             raise ValueError(f"--tokenizer {file}: no tokenizer.json of Hugging Face: {error}") from None
         self._reader.no_truncation()
         self._reader.no_padding()
         self.name = str(path)
-        self.vocabulary = 1 + max(self._reader.get_vocab(with_added_tokens=True).values())
         self.digest = hashlib.sha256(content).hexdigest()
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        found = self._reader.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        try:
+            found = self._reader.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        except Exception as error:
+            raise ValueError(f"--tokenizer {self.name}: cannot read this text: {error}") from None
         return [np.asarray(one.ids, dtype=self.dtype) for one in found]
 
     def decode(self, tokens: Sequence[int]) -> str:

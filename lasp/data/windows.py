@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -188,6 +189,7 @@ def _inner(tokens: Tokens, start: int, end: int) -> np.ndarray:
     return documents[np.searchsorted(documents, start) : np.searchsorted(documents, end)]
 
 
+@lru_cache(2**14)  # a step asks thrice for the same
 def shuffled(place: int, count: int, key: tuple[int, int]) -> int:
     """What stands at a place of the numbers below `count`, shuffled: one of `count` factorial orders, told from the key alone.
 

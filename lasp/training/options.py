@@ -108,8 +108,8 @@ class Options:
     pairs: tuple[int, ...] = (16,)
     """Of mqar, how many keys with their values a sequence has to remember; of several numbers, each step draws one."""
     data: tuple[Path, ...] = ()
-    """Files of text or of JSON lines (.jsonl, their "text"), by themselves, gzip (.gz) or zstd (.zst), or directories of them.
-    The sources of Python's standard library if not given."""
+    """Files of text, of JSON lines (.jsonl, their "text") or of parquet (.parquet, likewise), by themselves, gzip (.gz) or zstd
+    (.zst), or directories of them. The sources of Python's standard library if not given."""
     data_weights: tuple[float, ...] = ()
     """How much is read of each of several, in proportion; as much as each has if not given."""
     tokenizer: str = BYTES
@@ -119,7 +119,7 @@ class Options:
     document_mask: bool = True
     """Whether documents are told apart: states, attention and convolutions begin anew with each."""
     validation: float = 0.01
-    """Share of the tokens, the last, that is not trained on; none where it is less than a sequence."""
+    """Share of each text's tokens, the last, that is not trained on; none where it is less than a sequence."""
     eval_interval: int | None = None
     """Steps between two measurements of the loss on the tokens that are not trained on; at the end only if not given."""
     eval_steps: int = 8
@@ -194,22 +194,24 @@ class Options:
     def unseen(self) -> Windows | None:
         """What is not trained on, but measured; None where there is none."""
         parts = [] if self.task == "mqar" else self._parts(trained=False)
-        return self._windows(parts) if len(parts) == max(1, len(self.data)) else None
+        return self._windows(parts) if any(parts) else None
 
-    def _parts(self, trained: bool) -> list[Part]:
+    def _parts(self, trained: bool) -> list[Part | None]:
         """What of each text is trained on, or what is not: nothing, where it would be less than a sequence."""
-        found = []
+        found: list[Part | None] = []
         for path in self.data or (None,):
             tokens = tokens_of(path, tokenizer_of(self.tokenizer), self.data_cache)
             kept = self.validation if len(tokens) * self.validation > self.seq_len + 1 else 0.0
-            if trained or kept:
-                share = (0.0, 1.0 - kept) if trained else (1.0 - kept, 1.0)
-                found.append(Part.of(tokens, self.seq_len, share))
+            share = (0.0, 1.0 - kept) if trained else (1.0 - kept, 1.0)
+            found.append(Part.of(tokens, self.seq_len, share) if trained or kept else None)
         return found
 
-    def _windows(self, parts: list[Part]) -> Windows:
-        weights = self.data_weights or None
-        return Windows(parts, self.seq_len, self.batch_size, self.seed, weights, self.document_mask)
+    def _windows(self, parts: list[Part | None]) -> Windows:
+        """The parts that there are, by their weights."""
+        there = [i for i, part in enumerate(parts) if part]
+        weights = [self.data_weights[i] for i in there] if self.data_weights else None
+        found = [part for part in parts if part]
+        return Windows(found, self.seq_len, self.batch_size, self.seed, weights, self.document_mask)
 
     def device_type(self) -> str:
         """Where to train: ``"cpu"`` or ``"cuda"``."""

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,8 @@ def test_a_file_is_a_document_and_so_is_a_json_line(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "z.txt").write_text("first")
     (tmp_path / ".hidden").write_text("not read")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("not read")
     lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in ("third", "vierté", ""))
     (tmp_path / "c.jsonl").write_text(lines + "\n")
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"fifth"))
@@ -69,6 +72,69 @@ def test_zstd_and_its_frames(tmp_path: Path) -> None:
     assert documents(tmp_path) == [text]
     (tmp_path / "a.txt.zst").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"a\.txt\.zst: cut short or damaged"):
+        documents(tmp_path)
+
+
+def parquet(file: Path, texts: list[Any], **options: Any) -> None:
+    pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    pyarrow_parquet.write_table(table, file, write_page_checksum=True, **options)
+
+
+def test_a_row_of_parquet_is_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over pieces and row groups, beside other files, and neither from the network nor by way of a copy."""
+    datasets = pytest.importorskip("datasets")
+    copies = tmp_path / "copies"
+    for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, name, copies)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network is asked"))
+    texts = ["first", "zweité", "", os.urandom(sources_of_text.PIECE).hex(), "5"] * 40
+    (tmp_path / "data").mkdir()
+    parquet(tmp_path / "data" / "a[1]*.parquet", texts, row_group_size=30)
+    (tmp_path / "data" / "b.txt").write_text("last")
+    assert documents(tmp_path / "data") == [text.encode() for text in [*texts, "last"] if text]
+    size = source_of(tmp_path / "data").size
+    read = [piece.read for piece in pieces(source_of(tmp_path / "data"))]
+    assert 0 <= read[0] < size / 10
+    assert size / 4 < read[len(read) // 2] < 3 * size / 4
+    assert read == sorted(read)
+    assert read[-1] == size
+    assert not copies.exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["one", None], "row 2 has no text in its column text"),
+        ([b"one"], "row 1 has no text in its column text"),
+        ([[1]], "row 1 has no text in its column text"),
+        (["a\0b"], "not text: byte 1 is 0"),
+    ],
+)
+def test_rows_without_text(texts: list[Any], message: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    parquet(tmp_path / "a.parquet", texts)
+    with pytest.raises(ValueError, match=rf"^--data .*a\.parquet: {message}$"):
+        documents(tmp_path)
+
+
+def test_parquet_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    file = tmp_path / "a.parquet"
+    parquet(file, [os.urandom(1000).hex()] * 3)
+    whole = file.read_bytes()
+    flipped = whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]
+    for content in (whole[:-20], whole[: len(whole) // 2], flipped, b"text"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^--data .*a\.parquet: cut short or damaged: .*$"):
+            documents(tmp_path)
+    file.write_bytes(whole)
+    monkeypatch.setattr("lasp.data.formats.FIELD", "body")
+    with pytest.raises(ValueError, match=r"a\.parquet: no column body, but id, text"):
+        documents(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"a\.parquet: parquet needs the package datasets, install it"):
         documents(tmp_path)
 
 
@@ -105,6 +171,8 @@ def test_the_default_corpus_is_a_few_megabytes_of_python() -> None:
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl: line 2 is no JSON"),
         ("a.jsonl", b'{"content": "a"}\n', r'a\.jsonl: line 1 has no text: expected {"text": "\.\.\."}'),
         ("a.jsonl", b"\n\n", r"--data .*: no text there"),
+        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl: line 1 is not text: .*surrogates not allowed"),
+        ("a.jsonl", b"\n" + b"[" * 100_000, r"a\.jsonl: line 2 is no JSON: ."),
     ],
 )
 def test_what_is_no_text_is_one_clear_error(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -113,6 +181,16 @@ def test_what_is_no_text_is_one_clear_error(name: str, content: bytes, message: 
     with pytest.raises(ValueError, match=message):
         tokens_of(tmp_path / "data", BYTES, tmp_path / "cache")
     assert not [entry for entry in (tmp_path / "cache").glob("*") if entry.is_dir() and not entry.suffix]
+
+
+def test_a_line_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps({"text": "x" * 2**20}).encode() + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(2 * line)
+    monkeypatch.setattr("lasp.data.formats.LINE", len(line))
+    assert documents(tmp_path) == [b"x" * 2**20] * 2
+    monkeypatch.setattr("lasp.data.formats.LINE", len(line) - 1)
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 1 is longer than 1 MiB"):
+        documents(tmp_path)
 
 
 def test_no_data_and_no_room(tmp_path: Path) -> None:

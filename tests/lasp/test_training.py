@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -188,6 +189,12 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     for other in ({"seq_len": 32}, {"validation": 0.2}, {"data": (TEXT.with_name("test_options.py"),)}):
         with pytest.raises(ValueError, match=r"its place is in other data; .* --seq-len 33, --validation 0\.1"):
             trainer(options(out=tmp_path, resume="auto", **other))
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    other_bytes = tokenizers.Tokenizer(tokenizers.models.BPE({sign: i for i, sign in enumerate(sorted(alphabet))}, []))
+    other_bytes.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other_bytes.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"--tokenizer .*: --resume .* was trained with another, bytes"):
+        trainer(options(out=tmp_path, resume="auto", tokenizer=str(tmp_path)))
 
 
 def test_of_little_text_nothing_is_kept_back() -> None:
@@ -197,6 +204,20 @@ def test_of_little_text_nothing_is_kept_back() -> None:
         given = options(seq_len=seq_len, validation=0.01)
         assert (given.unseen() is not None) == kept
         assert given.source().parts[0].count == (round(tokens * (0.99 if kept else 1)) - 1) // seq_len
+
+
+def test_of_several_texts_those_that_are_long_enough_are_measured(tmp_path: Path) -> None:
+    names, sizes = ("a", "b", "c"), (3000, 200, 1000)
+    for name, size in zip(names, sizes, strict=True):
+        (tmp_path / name).write_text(name * size)
+    several = {"data": tuple(tmp_path / name for name in names), "data_cache": tmp_path / "cache"}
+    given = options(**several, data_weights=(0.5, 0.2, 0.3), seq_len=50, validation=0.1)
+    unseen, source = given.unseen(), given.source()
+    assert [part.start for part in unseen.parts] == [2700, 900]
+    assert [share / unseen.round for share in unseen.shares] == pytest.approx([0.625, 0.375], abs=1e-3)
+    assert [part.count for part in source.parts] == [53, 3, 17]
+    assert replace(given, data_weights=()).unseen().shares[0] > unseen.shares[0]
+    assert replace(given, validation=0.01).unseen() is None
 
 
 @pytest.mark.usefixtures("alone")
