@@ -157,7 +157,7 @@ def test_a_place_that_cannot_be_written_is_told(run: Path) -> None:
     going = trainer(options(run, resume="auto"))
     going.checkpoints.folder = run / "metrics.jsonl"
     with pytest.raises(
-        ValueError, match="metrics.jsonl/step_0000004: the checkpoint cannot be written: Not a directory"
+        ValueError, match=r"metrics\.jsonl/step_0000004: the checkpoint cannot be written: Not a directory"
     ):
         going.save()
 
