@@ -18,7 +18,7 @@ from lasp.layers.mixer import LinearMixer
 from lasp.layers.mom import MixtureOfMemories
 from lasp.layers.norm import GatedRMSNorm, GateFirstRMSNorm, RMSNorm
 from lasp.layers.passage import MixerState
-from lasp.layers.rotary import rotate
+from lasp.layers.rotary import RopeScaling, rotate
 from lasp.layers.router import Balance, Router, Routing, balance
 from lasp.layers.softmax import SoftmaxAttention
 
@@ -41,6 +41,7 @@ __all__ = [
     "MixtureOfMemories",
     "RMSNorm",
     "Retention",
+    "RopeScaling",
     "Router",
     "Routing",
     "ShortConvolution",

@@ -101,6 +101,8 @@ class HGRN2(LinearMixer):
     gated = False
     conv_activation = None
     normed_by_head = False
+    #: Its k_proj makes the forget gates.
+    inheritable = ("q_proj", "v_proj", "o_proj")
 
     def build_decay(self, hidden: int) -> None:
         if self.key_heads != self.heads:

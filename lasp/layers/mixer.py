@@ -12,6 +12,7 @@ from lasp.layers.convolution import ShortConvolution
 from lasp.layers.features import feature_map as find_feature_map
 from lasp.layers.norm import GatedRMSNorm
 from lasp.layers.passage import MixerState, Passage
+from lasp.layers.rotary import RopeScaling
 from lasp.ops.inputs import CuSeqlens, sequence_of
 from lasp.ops.pending import start
 from lasp.parallel import SequenceParallel
@@ -67,6 +68,7 @@ class LinearMixer(nn.Module):
         conv_size: width of the short convolution on queries, keys and values; 0 for none, the mixer's own when None.
         gated: whether the output is gated; as the mixer is when None.
         rope_theta: base of the rotation, for mixers that rotate.
+        rope_scaling: of its frequencies; none when None.
         norm_eps: of the output's norm.
 
     Raises:
@@ -97,6 +99,8 @@ class LinearMixer(nn.Module):
     of_length_one = False
     #: The projections by which tokens write to the state.
     writers: tuple[str, ...] = ("k_proj", "v_proj")
+    #: The projections that mean what those of the same name mean in softmax attention, and can begin as these.
+    inheritable: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     #: The factor of the queries; None for ``K ** -0.5``.
     scale: float | None = None
 
@@ -115,10 +119,12 @@ class LinearMixer(nn.Module):
         conv_size: int | None = None,
         gated: bool | None = None,
         rope_theta: float = 10000.0,
+        rope_scaling: RopeScaling | None = None,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        self.heads, self.layer_idx, self.num_layers, self.rope_theta = heads, layer_idx, num_layers, rope_theta
+        self.heads, self.layer_idx, self.num_layers = heads, layer_idx, num_layers
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.part = part
         self.key_heads = (self.default_key_heads or heads) if key_heads is None else key_heads
         if self.key_heads < 1 or heads % self.key_heads:
@@ -173,7 +179,7 @@ class LinearMixer(nn.Module):
     def features(self, x: Tensor, passage: Passage) -> Tensor:
         """The features of queries or keys ``[B, T, key_heads · D]``, by head."""
         x = x.unflatten(-1, (self.key_heads, -1))
-        return self.feature_map(passage.rotated(x, self.rope_theta) if self.rotated else x)
+        return self.feature_map(passage.rotated(x, self.rope_theta, self.rope_scaling) if self.rotated else x)
 
     def writes(self, x: Tensor, passage: Passage) -> Writes:
         """All that needs no queries."""

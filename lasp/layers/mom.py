@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lasp.layers.convolution import ShortConvolution
 from lasp.layers.linear import mixer_type
 from lasp.layers.passage import MixerState, Passage
-from lasp.layers.rotary import rotate
+from lasp.layers.rotary import RopeScaling, rotate
 from lasp.layers.router import Router, Routing
 from lasp.ops.grouped import grouped_linear
 from lasp.ops.inputs import CuSeqlens, sequence_of
@@ -89,11 +89,12 @@ class RoutedPassage(Passage):
             self.tails.append(tails_of(x, tails, self._routed))
         return routed_convolution(x, conv.weight, conv.bias, conv.activation, self._routed, tails)
 
-    def rotated(self, x: Tensor, theta: float) -> Tensor:
+    def rotated(self, x: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
         positions = self.sp.layout.document_positions(self.sp.rank).to(x.device).expand(self._routed.batch, -1)
         if self.before is not None:
             positions = positions + self.before.position[:, None]
-        return rotate(x, self.sp, theta, positions.flatten().index_select(0, self._routed.dispatch.token))
+        positions = positions.flatten().index_select(0, self._routed.dispatch.token)
+        return rotate(x, self.sp, theta, positions, scaling)
 
     def collected(self, o: Tensor) -> Tensor:
         assert self.weights is not None

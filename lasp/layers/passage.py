@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp.layers.convolution import ShortConvolution
-from lasp.layers.rotary import rotate
+from lasp.layers.rotary import RopeScaling, rotate
 from lasp.parallel import SequenceParallel
 from lasp.parallel.routed import Routed
 
@@ -88,8 +88,9 @@ class Passage:
         self.tails.append(x[:, x.shape[1] - kept :].clone(memory_format=torch.contiguous_format))
         return conv(x)[:, kept:]
 
-    def rotated(self, x: Tensor, theta: float) -> Tensor:
+    def rotated(self, x: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
         """x ``[B, T, H, D]``, its pairs rotated by the tokens' positions."""
         if self.before is None:
-            return rotate(x, self.sp, theta)
-        return rotate(x, self.sp, theta, self.before.position[:, None] + torch.arange(x.shape[1], device=x.device))
+            return rotate(x, self.sp, theta, scaling=scaling)
+        positions = self.before.position[:, None] + torch.arange(x.shape[1], device=x.device)
+        return rotate(x, self.sp, theta, positions, scaling)

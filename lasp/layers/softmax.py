@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lasp.layers.mixer import head_width
-from lasp.layers.rotary import rotate
+from lasp.layers.rotary import RopeScaling, rotate
 from lasp.ops.inputs import CuSeqlens, sequence_of
 from lasp.ops.softmax import softmax_attn
 from lasp.parallel import SequenceParallel
@@ -20,6 +20,7 @@ class SoftmaxAttention(nn.Module):
         kv_heads: H of the keys and values, a divisor of `heads`; as many when None.
         window: how many tokens a token sees, itself included; all before it when None.
         rope_theta: base of the rotation.
+        rope_scaling: of its frequencies; none when None.
     """
 
     def __init__(
@@ -30,13 +31,15 @@ class SoftmaxAttention(nn.Module):
         kv_heads: int | None = None,
         window: int | None = None,
         rope_theta: float = 500000.0,
+        rope_scaling: RopeScaling | None = None,
     ):
         super().__init__()
         width = head_width(hidden, heads)
         kv_heads = heads if kv_heads is None else kv_heads
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads={kv_heads} does not divide heads={heads}")
-        self.width, self.window, self.rope_theta = width, window, rope_theta
+        self.width, self.window = width, window
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.k_proj = nn.Linear(hidden, kv_heads * width, bias=False)
         self.v_proj = nn.Linear(hidden, kv_heads * width, bias=False)
@@ -46,5 +49,5 @@ class SoftmaxAttention(nn.Module):
         """x: ``[B, T, hidden]``; the arguments are those of `LinearMixer.forward`."""
         seq = sequence_of(x, cu_seqlens, sp)
         q, k, v = (proj(x).unflatten(-1, (-1, self.width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, seq, self.rope_theta), rotate(k, seq, self.rope_theta)
+        q, k = (rotate(x, seq, self.rope_theta, scaling=self.rope_scaling) for x in (q, k))
         return self.o_proj(softmax_attn(q, k, v, window=self.window, sp=seq).flatten(-2))

@@ -8,6 +8,7 @@ from typing import Any
 from lasp.layers.features import feature_map
 from lasp.layers.linear import mixer_type
 from lasp.layers.mixer import head_width
+from lasp.layers.rotary import RopeScaling
 
 #: What a letter of a layer pattern stands for.
 PATTERN = {"L": "the linear mixer", "N": "softmax attention"}
@@ -38,6 +39,7 @@ class LinearLlama3Config:
         gated: whether the linear mixer's output is gated; as the mixer is when None.
         window: how many tokens a softmax layer's token sees; all when None.
         rope_theta: base of the rotary positions.
+        rope_scaling: of their frequencies, as Llama 3.1 has it; none when None.
         norm_eps: of all norms.
         tied: whether the output head is the embedding.
 
@@ -62,6 +64,7 @@ class LinearLlama3Config:
     gated: bool | None = None
     window: int | None = None
     rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied: bool = False
 

@@ -79,6 +79,7 @@ def _mixer(config: LinearLlama3Config, layer_idx: int) -> nn.Module:
             kv_heads=config.kv_heads,
             window=config.window,
             rope_theta=config.rope_theta,
+            rope_scaling=config.rope_scaling,
         )
     options: dict[str, Any] = {
         "layer_idx": layer_idx,
@@ -87,6 +88,7 @@ def _mixer(config: LinearLlama3Config, layer_idx: int) -> nn.Module:
         "conv_size": config.conv_size,
         "gated": config.gated,
         "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
         "norm_eps": config.norm_eps,
     }
     if config.mixer != MIXTURE:

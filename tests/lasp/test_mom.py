@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp import SequenceParallel
-from lasp.layers import MIXERS, MixerState, MixtureOfMemories, Router, balance, rotate
+from lasp.layers import MIXERS, MixerState, MixtureOfMemories, RopeScaling, Router, balance, rotate
 from lasp.layers.mom import PerMemory
 from lasp.layers.passage import Passage
 from lasp.ops.inputs import sequence_of
@@ -36,8 +36,8 @@ class Placed(Passage):
 
     places: Tensor
 
-    def rotated(self, x: Tensor, theta: float) -> Tensor:
-        return rotate(x, self.sp, theta, self.places)
+    def rotated(self, x: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
+        return rotate(x, self.sp, theta, self.places, scaling)
 
 
 def one_by_one(mom: MixtureOfMemories, x: Tensor, bounds: tuple[int, ...] | None) -> Tensor:
