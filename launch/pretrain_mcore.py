@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lasp import SequenceLayout
 from lasp.launch.megatron_cpu import megatron_on_cpu
-from lasp.models import LinearLlama3, LinearLlama3Config
+from lasp.models import LinearLlama3, LinearLlama3Config, import_pretrained
 from lasp.parallel.mesh import launched_ranks, processes
 from lasp.training import Options, errors_in_one_line
 from lasp.training.loop import Loop
@@ -96,6 +96,11 @@ class McoreOptions(Options):
                 f"{self.micro_batch_size} do not divide it"
             )
         model = self.model()
+        if model.rope_scaling is not None:
+            raise ValueError(
+                f"--init-from {self.init_from}: its rotary positions are scaled ({model.rope_scaling.rope_type}), which they "
+                "are not here; use pretrain.py"
+            )
         stages = self.pp * (self.vpp or 1)
         if model.layers % stages or model.heads % self.tp:
             raise ValueError(
@@ -211,6 +216,8 @@ class McoreTrainer(Loop):
         """The weights that ``pretrain.py`` starts from."""
         torch.manual_seed(self.options.seed)
         model = LinearLlama3(self.options.model())
+        if self.options.init_from is not None:
+            import_pretrained(model, self.options.init_from)
         weights = to_megatron(model.state_dict(), model.config)
         for chunk in self.chunks:
             chunk.to(self.options.device_type())

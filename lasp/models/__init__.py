@@ -2,7 +2,7 @@
 
 from lasp.models.config import MIXTURE, PRESETS, LinearLlama3Config, preset
 from lasp.models.linear_llama3 import RECOMPUTE, LinearLlama3
-from lasp.models.pretrained import Loaded, load_pretrained, save_pretrained
+from lasp.models.pretrained import Loaded, import_pretrained, load_pretrained, save_pretrained
 
 __all__ = [
     "MIXTURE",
@@ -11,6 +11,7 @@ __all__ = [
     "LinearLlama3",
     "LinearLlama3Config",
     "Loaded",
+    "import_pretrained",
     "load_pretrained",
     "preset",
     "save_pretrained",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,6 +95,12 @@ class LinearLlama3Config:
     def plain(self) -> dict[str, Any]:
         """All of it in plain types, as JSON holds it."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> LinearLlama3Config:
+        """The inverse of `plain`."""
+        scaling = plain.get("rope_scaling")
+        return cls(**{**plain, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
     @property
     def kinds(self) -> str:

@@ -179,11 +179,20 @@ def read_config(directory: Path, **changes: Any) -> LinearLlama3Config:
     """
     config = configuration(read_fields(directory), directory / CONFIG)
     changed = replace(config, **changes)
-    for name in FIXED:
-        was, now = getattr(config, name), getattr(changed, name)
-        if was != now and not (name == "kv_heads" and (was or config.heads) == (now or config.heads)):
-            raise ValueError(f"{name}={now}: the weights in {directory} are of {name}={was}, leave it out")
+    check_sizes(changed, config, directory)
     return changed
+
+
+def check_sizes(config: LinearLlama3Config, other: LinearLlama3Config, directory: Path) -> None:
+    """Raise unless weights of the one can be those of the other, which lie in a directory.
+
+    Raises:
+        ValueError: naming the field by which they cannot.
+    """
+    for name in FIXED:
+        now, was = getattr(config, name), getattr(other, name)
+        if was != now and not (name == "kv_heads" and (was or other.heads) == (now or other.heads)):
+            raise ValueError(f"{name}={now}: the weights in {directory} are of {name}={was}, leave it out")
 
 
 def published_name(name: str, kinds: str) -> str:

@@ -5,7 +5,6 @@ Needs the package safetensors, and no transformers.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,11 +17,13 @@ import torch
 from torch import Tensor
 
 from lasp.data import BYTES
-from lasp.models.huggingface import CONFIG, described, published_name, read_config, read_fields, read_json
+from lasp.models.huggingface import CONFIG, check_sizes, described, published_name, read_config, read_fields
 from lasp.models.inherited import inherited
 from lasp.models.linear_llama3 import LinearLlama3
+from lasp.models.weights import INDEX, WEIGHTS, Stored, opened, stored, write_json, write_weights
 
-WEIGHTS, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+#: The file of a tokenizer.
+TOKENIZER = "tokenizer.json"
 #: The dtypes that weights may have in a file.
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -31,7 +32,7 @@ class Loaded(NamedTuple):
     """A model whose weights are those of a directory, as far as it has them.
 
     Attributes:
-        model: on the CPU.
+        model: the model.
         imported: its parameters that are the directory's, by name.
         initialised: those that start anew.
     """
@@ -78,8 +79,8 @@ def save_pretrained(
     with _whole_or_not(Path(directory)) as unfinished:
         if from_file is not None:
             shutil.copyfile(from_file, unfinished / TOKENIZER)
-        _write_weights(weights, unfinished, max_shard_bytes)
-        _write_json(unfinished / CONFIG, about)
+        write_weights(weights, unfinished, max_shard_bytes)
+        write_json(unfinished / CONFIG, about)
 
 
 def load_pretrained(directory: Path | str, **changes: Any) -> Loaded:
@@ -95,33 +96,54 @@ def load_pretrained(directory: Path | str, **changes: Any) -> Loaded:
         changes: fields of `LinearLlama3Config` that shall be others than the directory's.
 
     Returns:
-        The model, of float32 whatever the weights are on disk, as it is trained; float64 where one of them is.
+        The model, on the CPU, of float32 whatever the weights are on disk, as it is trained; float64 where one of them is.
 
     Raises:
         ValueError: where a file is missing or broken, weights are missing, unknown or of other shapes than the configuration's,
             or the configuration asks for what `LinearLlama3` is not.
     """
     directory = Path(directory)
-    was, config = read_config(directory), read_config(directory, **changes)
-    with torch.device("meta"):
-        other = LinearLlama3(was)
-    files = _files(directory)
-    dtypes = _check(directory, files, other)
+    config = read_config(directory, **changes)
+    wide = any(tensor.dtype == "F64" for tensor in stored(directory).values())
     model = LinearLlama3(config)
-    if "F64" in dtypes:
+    if wide:
         model.double()
+    return import_pretrained(model, directory)
+
+
+def import_pretrained(model: LinearLlama3, directory: Path | str) -> Loaded:
+    """Give a model the weights in a directory, as far as it has them: see `load_pretrained`.
+
+    Args:
+        model: of the same sizes, on any device and of any dtype, which it keeps.
+        directory: of ``config.json`` and ``model.safetensors``, or its shards and their index.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: as `load_pretrained`.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    check_sizes(model.config, config, directory)
+    with torch.device("meta"):
+        other = LinearLlama3(config)
+    tensors = stored(directory)
+    _check(directory, tensors, other)
     parameters, origins = dict(model.named_parameters()), inherited(model, other)
     wanted: dict[str, list[str]] = {}
     for name, origin in origins.items():
-        wanted.setdefault(published_name(origin.name, was.kinds), []).append(name)
+        wanted.setdefault(published_name(origin.name, config.kinds), []).append(name)
     with torch.no_grad():
-        for file in sorted(set(files.values())):
-            with _opened(file) as weights:
-                for theirs in [name for name in wanted if files[name] == file]:
+        for file in sorted({tensor.file for tensor in tensors.values()}):
+            with opened(file) as weights:
+                for theirs in [name for name in wanted if tensors[name].file == file]:
                     given = weights.get_tensor(theirs)
                     for name in wanted[theirs]:
                         origins[name].fill(parameters[name], given)
-    return Loaded(model, tuple(origins), tuple(name for name in parameters if name not in origins))
+    imported, initialised = ([name for name in parameters if (name in origins) is whether] for whether in (True, False))
+    return Loaded(model, tuple(imported), tuple(initialised))
 
 
 def pretrained_tokenizer(directory: Path) -> str:
@@ -131,105 +153,34 @@ def pretrained_tokenizer(directory: Path) -> str:
     return str(read_fields(directory).get("tokenizer", BYTES))
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    if (directory / WEIGHTS).is_file():
-        with _opened(directory / WEIGHTS) as weights:
-            return dict.fromkeys(weights.keys(), directory / WEIGHTS)
-    if not (directory / INDEX).is_file():
-        raise ValueError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
-    shards = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ValueError(f"{directory / INDEX}: weight_map is missing")
-    return {name: directory / str(shard) for name, shard in shards.items()}
-
-
-def _check(directory: Path, files: Mapping[str, Path], model: LinearLlama3) -> set[str]:
-    """Raise unless the tensors are those of the model. Returns the dtypes that they have."""
+def _check(directory: Path, tensors: Mapping[str, Stored], model: LinearLlama3) -> None:
+    """Raise unless the tensors are those of the model."""
     config = model.config
     shapes = {published_name(name, config.kinds): list(p.shape) for name, p in model.named_parameters()}
     # The head of a tied model may stand there again, and old files have the rotary positions' frequencies.
-    unread = {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    if config.tied and "lm_head.weight" in files:
-        unread.add("lm_head.weight")
-        if not torch.equal(*(_tensor(files, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))):
+    given = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied and "lm_head.weight" in given:
+        given.remove("lm_head.weight")
+        if not torch.equal(*(_tensor(tensors, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))):
             raise ValueError(
                 f"{directory}: tie_word_embeddings=True, but lm_head.weight is not model.embed_tokens.weight"
             )
-    found: dict[str, tuple[list[int], str]] = {}
-    for file in sorted(set(files.values())):
-        with _opened(file) as weights:
-            for name in weights.keys():  # noqa: SIM118 – a file is no mapping
-                if files.get(name) == file and name not in unread:
-                    tensor = weights.get_slice(name)
-                    found[name] = tensor.get_shape(), tensor.get_dtype()
-    for what, names in ("missing", shapes.keys() - found.keys()), ("unknown", found.keys() - shapes.keys()):
+    for what, names in ("missing", shapes.keys() - given), ("unknown", given - shapes.keys()):
         if names:
             few = ", ".join(islice(sorted(names), 3)) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
             raise ValueError(f"{directory}: the weights are not those of {CONFIG}: {few} {what}")
-    for name, (shape, dtype) in found.items():
-        if shape != shapes[name]:
-            raise ValueError(f"{directory}: {name} must be {shapes[name]} by {CONFIG}, given {shape}")
-        if dtype not in FLOATS:
-            raise ValueError(f"{directory}: {name} is of dtype {dtype}, expected one of {', '.join(FLOATS)}")
-    return {dtype for _, dtype in found.values()}
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{directory}: {name} must be {shape} by {CONFIG}, given {tensors[name].shape}")
+        if tensors[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{directory}: {name} is of dtype {tensors[name].dtype}, expected one of {', '.join(FLOATS)}"
+            )
 
 
-def _tensor(files: Mapping[str, Path], name: str) -> Tensor:
-    with _opened(files[name]) as weights:
+def _tensor(tensors: Mapping[str, Stored], name: str) -> Tensor:
+    with opened(tensors[name].file) as weights:
         return weights.get_tensor(name)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A file of weights, of which only what is asked for is read."""
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(file, framework="pt") as weights:
-            yield weights
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file}: not whole, or no safetensors: {error}") from None
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("weights in Hugging Face's format need the package safetensors, install it") from None
-    return safetensors
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def _write_weights(weights: Mapping[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
-    """As one file, or as shards in the order of the weights and their index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = max_shard_bytes
-    for name, weight in weights.items():
-        if shards[-1] and weight.nbytes > room:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = weight
-        room -= weight.nbytes
-    stem, ending = WEIGHTS.split(".")
-    of = {name: f"{stem}-{i:05}-of-{len(shards):05}.{ending}" for i, shard in enumerate(shards, 1) for name in shard}
-    for shard in shards:
-        file = directory / (of[next(iter(shard))] if len(shards) > 1 else WEIGHTS)
-        whole = {name: weight.cpu().contiguous() for name, weight in shard.items()}
-        _safetensors().torch.save_file(whole, file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        size = sum(weight.nbytes for weight in weights.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": of})
-
-
-def _write_json(file: Path, fields: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _tokenizer_file(path: Path) -> Path:

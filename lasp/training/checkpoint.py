@@ -24,7 +24,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from lasp.data import BYTES
-from lasp.models import LinearLlama3, LinearLlama3Config
+from lasp.models import LinearLlama3, LinearLlama3Config, load_pretrained
+from lasp.models.huggingface import CONFIG
+from lasp.models.pretrained import pretrained_tokenizer
 
 #: Where a run's checkpoints lie in its directory, and how each is called.
 FOLDER, NAME = "checkpoints", "step_{:07}"
@@ -199,7 +201,7 @@ def read_model(path: Path) -> tuple[LinearLlama3, str]:
     """The model of a checkpoint, on the CPU.
 
     Args:
-        path: of the checkpoint, or of the run, whose last one is taken.
+        path: of the checkpoint, or of the run, whose last one is taken; or of a model as Hugging Face has them.
 
     Returns:
         It, and its tokenizer, as ``--tokenizer`` takes it.
@@ -207,9 +209,11 @@ def read_model(path: Path) -> tuple[LinearLlama3, str]:
     Raises:
         ValueError: where there is none, or it is damaged.
     """
+    if (path / CONFIG).is_file():
+        return load_pretrained(path).model, pretrained_tokenizer(path)
     path = find(path)
     told = read_marker(path)
-    model = LinearLlama3(LinearLlama3Config(**told["model"]))
+    model = LinearLlama3(LinearLlama3Config.of(told["model"]))
     with torch.no_grad():
         load(path, {"model": dict(model.named_parameters())}, told)
     return model, told["tokenizer"] or BYTES

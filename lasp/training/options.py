@@ -12,6 +12,8 @@ import torch
 from lasp.data import BYTES, Part, Windows, tokenizer_of, tokens_of
 from lasp.layers import FEATURE_MAPS, MIXERS
 from lasp.models import MIXTURE, PRESETS, RECOMPUTE, LinearLlama3Config
+from lasp.models.huggingface import read_config
+from lasp.models.pretrained import pretrained_tokenizer
 from lasp.parallel import SequenceLayout
 from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
@@ -41,6 +43,9 @@ class Options:
     preset: str = "tiny"
     """Size of the model: tiny (1M parameters, for CPUs), tiny-mom (with a mixture of memories), small (40M), linear-llama3-1b
     (the paper's)."""
+    init_from: Path | None = None
+    """Start from the weights in a directory as Hugging Face has them, of a Llama or of what lasp.export wrote, instead of a
+    preset: the model is theirs but for the pattern, the mixer and what else is given, and what they do not have starts anew."""
     mixer: str | None = None
     """Token mixer of the linear layers: basic, lightning, retention, simple_gla, gla, hgrn2, delta_net, gated_delta_net, kda,
     mamba2; or mom, a mixture of memories. The preset's if not given."""
@@ -167,12 +172,14 @@ class Options:
     """How many of them stay, the last ones."""
 
     def model(self) -> LinearLlama3Config:
-        """The preset, with what was given in its place."""
+        """The preset, or the model that is started from, with what was given in its place."""
         given = {
             field.name: getattr(self, field.name)
             for field in fields(LinearLlama3Config)
             if getattr(self, field.name, None) is not None
         }
+        if self.init_from is not None:
+            return read_config(self.init_from, **given)
         return replace(PRESETS[self.preset], **given)
 
     def ranks_of_a_sequence(self, world_size: int) -> int:
@@ -267,11 +274,13 @@ class Options:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine has no CUDA device")
 
+        if self.init_from is not None:
+            self._check_start(self.init_from)
         model = self.model()
         if self.task == "text" and model.vocabulary < (tokens := tokenizer_of(self.tokenizer).vocabulary):
             raise ValueError(
-                f"--tokenizer {self.tokenizer}: its {tokens} tokens exceed the vocabulary of {model.vocabulary}; "
-                f"use --vocabulary {-(-tokens // 64) * 64}"
+                f"--tokenizer {self.tokenizer}: its {tokens} tokens exceed the vocabulary of {model.vocabulary}"
+                + (f"; use --vocabulary {-(-tokens // 64) * 64}" if self.init_from is None else " of --init-from")
             )
         if model.mixer == MIXTURE and self.sp != "none" and METHODS[self.sp].linear != "states":
             states = ", ".join(name for name, method in METHODS.items() if method.linear == "states")
@@ -295,6 +304,13 @@ class Options:
             )
         if self.seq_len < sp_size:
             raise ValueError(f"--seq-len {self.seq_len}: shorter than --sp-size {sp_size}")
+
+    def _check_start(self, directory: Path) -> None:
+        if self.preset != Options.preset:
+            raise ValueError(f"--preset {self.preset}: the model is that of --init-from {directory}, leave one out")
+        # A Llama's vocabulary has room for 256 tokens too, which mean other things.
+        if self.task == "text" and self.tokenizer == BYTES != (own := pretrained_tokenizer(directory)):
+            raise ValueError(f"--tokenizer {BYTES}: the model of --init-from has another, use --tokenizer {own}")
 
     def saved(self) -> dict[str, Any]:
         """The options in plain types, for a checkpoint."""

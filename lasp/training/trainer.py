@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lasp.data import Windows, tokenizer_of
 from lasp.layers import balance
-from lasp.models import LinearLlama3
+from lasp.models import LinearLlama3, import_pretrained
 from lasp.parallel.mesh import all_ranks, all_ranks_apart
 from lasp.training import checkpoint, sharding
 from lasp.training.batches import Batch, Batches
@@ -51,6 +51,8 @@ class Trainer(Loop):
 
         torch.manual_seed(options.seed)  # every rank draws the same weights
         self.model = LinearLlama3(options.model(), options.recompute)
+        if options.init_from is not None:
+            import_pretrained(self.model, options.init_from)
         if options.fsdp:
             sharding.share(self.model, all_ranks_apart(mesh), DTYPES[options.dtype])
         self.model.to(self.device)
