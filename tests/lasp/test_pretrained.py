@@ -25,7 +25,7 @@ from lasp.models.huggingface import configuration, described
 from lasp.parallel.mesh import build_mesh, processes
 from lasp.training import Options, Trainer
 from lasp.training.checkpoint import read_model
-from tests.support import relative_error
+from tests.support import decoded, relative_error
 
 HIDDEN, HEADS, KV, VOCABULARY, WIDTH = 32, 4, 2, 64, 8
 #: A scaling of which each of three parts changes some of the four frequencies, within the tokens that are looked at.
@@ -216,6 +216,29 @@ def test_scalings_do_not_mix() -> None:
         expected = torch.cat([pairs.real, pairs.imag], -1)[None, :, None]
         for given in (None, positions.long()):
             assert relative_error(rotate(x, sp, 100.0, given, scaling), expected) < 1e-12
+
+
+def test_a_graph_has_the_scaling() -> None:
+    layer = random(tiny(pattern="N", layers=1, rope_scaling=RopeScaling(**LLAMA3))).blocks[0].mixer
+    x = torch.randn(1, 48, HIDDEN, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(x), layer(x)) < 1e-6
+    layer.rope_scaling = None
+    torch._dynamo.reset()
+    assert relative_error(compiled(x), layer(x)) < 1e-6
+
+
+@pytest.mark.parametrize("recurrence", ["retention", "mom"])
+def test_mixers_that_rotate_do_so_by_the_scaling(recurrence: str) -> None:
+    """In a whole sequence and in decoding."""
+    x = torch.randn(1, 48, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for scaling in (None, RopeScaling(**LLAMA3)):
+        config = tiny(mixer=recurrence, mom_recurrence="retention", pattern="L", layers=1, rope_scaling=scaling)
+        mixer = random(config).double().blocks[0].mixer
+        found.append(mixer(x))
+        assert relative_error(decoded(mixer, x, (20, 28))[0], found[-1]) < 1e-12
+    assert relative_error(*found) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from lasp.layers import RopeScaling
+from lasp.models import LinearLlama3Config
+from lasp.models.huggingface import described
+
 pytest.importorskip("megatron.core")
 
 ROOT = Path(__file__).parents[2]
@@ -83,3 +87,12 @@ def test_bad_options_are_one_line(words: str, message: str) -> None:
     ended = subprocess.run(words_of, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 2
     assert message in ended.stderr.splitlines()[-1]
+
+
+def test_scaled_positions_are_refused(tmp_path: Path) -> None:
+    from lasp.launch.pretrain_mcore import McoreOptions
+
+    config = LinearLlama3Config(pattern="N", hidden=16, heads=2, rope_scaling=RopeScaling())
+    (tmp_path / "config.json").write_text(json.dumps(described(config)))
+    with pytest.raises(ValueError, match=r"--init-from .*: its rotary positions are scaled \(llama3\)"):
+        McoreOptions(init_from=tmp_path, device="cpu").check(1)
