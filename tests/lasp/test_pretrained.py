@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from lasp import SequenceLayout, SequenceParallel
-from lasp.export import main as export
-from lasp.layers import RopeScaling, rotate
+from lasp.layers import RopeScaling
 from lasp.models import LinearLlama3, LinearLlama3Config, load_pretrained, pretrained, save_pretrained
 from lasp.models.huggingface import configuration, described
-from lasp.parallel.mesh import build_mesh, processes
-from lasp.training import Options, Trainer
-from lasp.training.checkpoint import read_model
-from tests.support import decoded, relative_error
+from tests.support import relative_error
 
 HIDDEN, HEADS, KV, VOCABULARY, WIDTH = 32, 4, 2, 64, 8
 #: A scaling of which each of three parts changes some of the four frequencies, within the tokens that are looked at.
@@ -196,163 +188,6 @@ def test_dtypes(dtype: str, read: str, tmp_path: Path) -> None:
     assert_same(load_pretrained(tmp_path / "saved").model, model.to(getattr(torch, read)))
 
 
-# -- rotary positions -------------------------------------------------------------------------------------------------
-
-
-def test_scalings_do_not_mix() -> None:
-    """Each layer has its own, of one layout, by the layout's positions and by given ones."""
-    sp = SequenceParallel(None, SequenceLayout.contiguous(48, 1))
-    x = torch.randn(1, 48, 1, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(48, dtype=torch.float64)
-    plain = 100.0 ** (-torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
-    # Of 128 tokens the first turns 20 times, the second 6, the third 2, the last 0.6.
-    turns = 128 * plain / (2 * torch.pi)
-    middle = (turns[2] - 1) / 3
-    want = torch.stack([plain[0], plain[1], plain[2] * (middle + (1 - middle) / 4), plain[3] / 4])
-    scalings = {None: plain, RopeScaling(**LLAMA3): want, RopeScaling("linear", 4.0): plain / 4}
-    for scaling, frequencies in scalings.items():
-        turned = torch.polar(torch.ones(48, WIDTH // 2, dtype=torch.float64), positions[:, None] * frequencies)
-        pairs = torch.complex(*x[0, :, 0].chunk(2, -1)) * turned
-        expected = torch.cat([pairs.real, pairs.imag], -1)[None, :, None]
-        for given in (None, positions.long()):
-            assert relative_error(rotate(x, sp, 100.0, given, scaling), expected) < 1e-12
-
-
-def test_a_graph_has_the_scaling() -> None:
-    layer = random(tiny(pattern="N", layers=1, rope_scaling=RopeScaling(**LLAMA3))).blocks[0].mixer
-    x = torch.randn(1, 48, HIDDEN, generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(x), layer(x)) < 1e-6
-    layer.rope_scaling = None
-    torch._dynamo.reset()
-    assert relative_error(compiled(x), layer(x)) < 1e-6
-
-
-@pytest.mark.parametrize("recurrence", ["retention", "mom"])
-def test_mixers_that_rotate_do_so_by_the_scaling(recurrence: str) -> None:
-    """In a whole sequence and in decoding."""
-    x = torch.randn(1, 48, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = []
-    for scaling in (None, RopeScaling(**LLAMA3)):
-        config = tiny(mixer=recurrence, mom_recurrence="retention", pattern="L", layers=1, rope_scaling=scaling)
-        mixer = random(config).double().blocks[0].mixer
-        found.append(mixer(x))
-        assert relative_error(decoded(mixer, x, (20, 28))[0], found[-1]) < 1e-12
-    assert relative_error(*found) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"rope_type": "yarn"}, "rope_type='yarn': expected llama3 or linear"),
-        ({"factor": 0.5}, "factor=0.5 of the rotary positions' scaling must be at least 1"),
-        ({"low_freq_factor": 4.0}, "low_freq_factor=4.0 must be above 0 and below high_freq_factor=4.0"),
-        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings=0 must be at least 1"),
-    ],
-)
-def test_bad_scalings(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RopeScaling(**given)
-
-
-# -- other mixers in its layers ---------------------------------------------------------------------------------------
-
-#: Of softmax attention's projections, those that each mixer takes.
-TAKEN = {
-    "basic": "qkvo", "lightning": "qkvo", "retention": "qkvo", "simple_gla": "qkvo", "gla": "qkvo", "hgrn2": "qvo",
-    "delta_net": "qkvo", "gated_delta_net": "qkvo", "kda": "qkvo", "mamba2": "", "mom": "qkvo",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mixer", TAKEN)
-def test_a_llama_made_linear(mixer: str, tmp_path: Path) -> None:
-    """Each parameter is the Llama's or a new model's, and the report says which."""
-    llama(tmp_path)
-    theirs = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    torch.manual_seed(3)
-    model, imported, initialised = load_pretrained(tmp_path, pattern="LLLN", mixer=mixer, conv_size=3)
-    assert model.config.kinds == "LLLN"
-    torch.manual_seed(3)
-    fresh = dict(LinearLlama3(model.config).named_parameters())
-    want: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        layer = f"model.layers.{name.split('.')[1]}"
-        inside = re.fullmatch(r"blocks\.[012]\.mixer\.(?:mixer\.)?([qkvo])_proj\.weight", name)
-        if inside and inside[1] in TAKEN[mixer]:
-            weight = theirs[f"{layer}.self_attn.{inside[1]}_proj.weight"]
-            if inside[1] in "kv":
-                # Query h reads the keys of group h // (heads / groups).
-                heads = weight.view(KV, WIDTH, HIDDEN)
-                weight = torch.cat([heads[head // (HEADS // KV)] for head in range(HEADS)])
-            want[name] = weight.expand_as(parameter)
-        elif re.match(r"blocks\.[012]\.mixer\.", name):
-            assert torch.equal(parameter, fresh[name]), name
-        else:
-            name_there = name.replace("blocks.", "model.layers.").replace(".mixer.", ".self_attn.")
-            for ours, its in (
-                ("mixer_norm", "input_layernorm"),
-                ("mlp_norm", "post_attention_layernorm"),
-                ("embedding", "model.embed_tokens"),
-                ("head.", "lm_head."),
-            ):
-                name_there = name_there.replace(ours, its)
-            want[name] = theirs["model.norm.weight" if name == "norm.weight" else name_there]
-    assert set(imported) == want.keys()
-    assert set(initialised) == fresh.keys() - want.keys()
-    assert len(imported) + len(initialised) == len(fresh)
-    parameters = dict(model.named_parameters())
-    for name, weight in want.items():
-        assert torch.equal(parameters[name], weight), name
-    assert torch.isfinite(model(TOKENS)).all()
-
-
-def test_features_of_another_width_take_no_queries_and_keys(tmp_path: Path) -> None:
-    """Nor where there are as many rows by accident: 4 heads of 16 have those of 8 heads of 8."""
-    llama(tmp_path, num_key_value_heads=8, num_attention_heads=8, hidden_size=64)
-    imported = load_pretrained(tmp_path, pattern="L", feature_map="taylor").imported
-    assert [name for name in imported if "blocks.0.mixer." in name] == [f"blocks.0.mixer.{x}_proj.weight" for x in "vo"]
-
-
-def linear_names(names: tuple[str, ...]) -> set[str]:
-    return {name.removeprefix("blocks.0.mixer.") for name in names if name.startswith("blocks.0.mixer.")}
-
-
-def test_mixers_begin_as_other_mixers(tmp_path: Path) -> None:
-    """Of the same kind all that fits is taken, of another the projections."""
-    was = random(tiny(mixer="gated_delta_net", pattern="LN"))
-    save_pretrained(was, tmp_path / "saved")
-    before = dict(was.named_parameters())
-    projections = {f"{x}_proj.weight" for x in "qkvo"}
-    whole = {name for name, _ in was.blocks[0].mixer.named_parameters()}
-
-    wider = load_pretrained(tmp_path / "saved", conv_size=2)
-    convolutions = {f"{x}_conv.weight" for x in "qkv"}
-    assert linear_names(wider.initialised) == convolutions
-    assert linear_names(wider.imported) == whole - convolutions
-
-    other = load_pretrained(tmp_path / "saved", mixer="kda")
-    assert linear_names(other.imported) == projections
-
-    memories = load_pretrained(tmp_path / "saved", mixer="mom")
-    assert linear_names(memories.initialised) == {"router.proj.weight"}
-    for name, parameter in memories.model.blocks[0].mixer.mixer.named_parameters():
-        one = before[f"blocks.0.mixer.{name}"]
-        assert torch.equal(parameter, one.expand_as(parameter)), name
-    save_pretrained(memories.model, tmp_path / "memories")
-
-    more = load_pretrained(tmp_path / "memories", num_memories=6)
-    own = {f"mixer.{name}_proj.weight" for name in ("k", "v", "beta", "decay")}
-    assert linear_names(more.initialised) == {"router.proj.weight"} | own
-    single = load_pretrained(tmp_path / "memories", mixer="simple_gla")
-    assert linear_names(single.imported) == {"q_proj.weight", "o_proj.weight"}
-    of_kda = load_pretrained(tmp_path / "memories", mom_recurrence="kda")
-    assert linear_names(of_kda.imported) == {f"mixer.{name}" for name in projections}
-
-    softmax = load_pretrained(tmp_path / "saved", pattern="N")
-    assert not softmax.initialised
-    assert torch.equal(softmax.model.blocks[0].mixer.k_proj.weight, before["blocks.0.mixer.k_proj.weight"])
-
-
 # -- what cannot be read ----------------------------------------------------------------------------------------------
 
 
@@ -491,95 +326,3 @@ def test_nothing_of_others_is_written_over(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match=r"tokenizer=nowhere: expected bytes, a tokenizer.json or its directory"):
         save_pretrained(model, tmp_path / "saved", tokenizer="nowhere")
-
-
-# -- the programs -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """This process as the only rank."""
-    with processes("cpu"):
-        yield
-
-
-def options(tmp_path: Path, **given: Any) -> Options:
-    small: dict[str, Any] = {"seq_len": 33, "data": (Path(__file__),), "data_cache": tmp_path / "tokens", "steps": 2}
-    return Options(**(small | {"out": tmp_path / "run", "validation": 0.0, "device": "cpu", "warmup": 1} | given))
-
-
-@pytest.mark.usefixtures("alone")
-def test_a_run_starts_from_a_llama_and_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    llama(tmp_path / "llama", vocab_size=256, rope=LLAMA3)
-    given = options(tmp_path, init_from=tmp_path / "llama", pattern="LN", mixer="simple_gla")
-    given.check(1)
-    run = Trainer(given, build_mesh("cpu", 1))
-    torch.manual_seed(given.seed)
-    assert_same(run.model, load_pretrained(tmp_path / "llama", pattern="LN", mixer="simple_gla").model)
-    run.train()
-    # The checkpoint needs the Llama no more.
-    (tmp_path / "llama").rename(tmp_path / "away")
-    export(["--checkpoint", str(given.out), "--out", str(tmp_path / "exported"), "--max-positions", "33"])
-    assert f"M parameters, tokenizer bytes: {tmp_path / 'exported'}" in capsys.readouterr().out
-    assert json.loads((tmp_path / "exported/config.json").read_text())["max_position_embeddings"] == 33
-    model, tokenizer = read_model(tmp_path / "exported")
-    assert tokenizer == "bytes"
-    assert_same(model, run.model)
-    again = Trainer(replace(given, init_from=tmp_path / "exported", pattern=None, mixer=None), build_mesh("cpu", 1))
-    assert_same(again.model, run.model)
-
-
-@pytest.mark.mpi(min_size=4)
-def test_ranks_that_share_sequences_start_from_the_same_weights(world: int, tmp_path: Path) -> None:
-    shared_by_all = [tmp_path]
-    dist.broadcast_object_list(shared_by_all)
-    tmp_path = shared_by_all[0]
-    llama(tmp_path / "llama", vocab_size=256, rope=LLAMA3)  # transformers writes on rank 0
-    dist.barrier()
-    given = options(
-        tmp_path, init_from=tmp_path / "llama", pattern="LN", mixer="retention", seq_len=64, layout="zigzag"
-    )
-    shared = Trainer(given, build_mesh("cpu", world))
-    for parameter in shared.model.parameters():
-        everyone = [torch.empty_like(parameter) for _ in range(world)]
-        dist.all_gather(everyone, parameter.detach())
-        assert all(torch.equal(other, parameter) for other in everyone)
-    alone = Trainer(replace(given, sp="none", layout="contiguous"), build_mesh("cpu", 1))
-    for _ in range(2):
-        assert relative_error(shared.step()["loss"], alone.step()["loss"]) < 1e-6
-
-
-def test_the_tokenizer_goes_with_the_model(tmp_path: Path) -> None:
-    file = tmp_path / "tokenizer.json"
-    file.write_text("{}")
-    for given in (file, tmp_path):
-        save_pretrained(random(tiny()), tmp_path / "saved", tokenizer=str(given))
-        assert read_model(tmp_path / "saved")[1] == str(tmp_path / "saved/tokenizer.json")
-        assert (tmp_path / "saved/tokenizer.json").read_text() == "{}"
-    with pytest.raises(
-        ValueError, match=r"--tokenizer bytes: the model of --init-from has another, use --tokenizer .*saved"
-    ):
-        options(tmp_path, init_from=tmp_path / "saved").check(1)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"preset": "small"}, "--preset small: the model is that of --init-from .*, leave one out"),
-        ({}, "--tokenizer bytes: its 256 tokens exceed the vocabulary of 64 of --init-from"),
-        ({"hidden": 64}, "hidden=64: the weights in .* are of hidden=32, leave it out"),
-        ({"init_from": Path("/nowhere")}, "/nowhere: no config.json there"),
-    ],
-)
-def test_bad_starts_are_named(given: dict[str, Any], message: str, tmp_path: Path) -> None:
-    llama(tmp_path / "llama")
-    with pytest.raises(ValueError, match=message):
-        options(tmp_path, **({"init_from": tmp_path / "llama"} | given)).check(1)
-
-
-def test_a_bad_export_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        export(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert end.value.code == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said == [f"lasp.export: error: {tmp_path}: no checkpoint there"]
