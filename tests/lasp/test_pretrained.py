@@ -15,7 +15,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lasp.layers import RopeScaling
-from lasp.models import LinearLlama3, LinearLlama3Config, load_pretrained, pretrained, save_pretrained
+from lasp.models import (
+    LinearLlama3,
+    LinearLlama3Config,
+    import_pretrained,
+    load_pretrained,
+    pretrained,
+    save_pretrained,
+)
 from lasp.models.huggingface import configuration, described
 from tests.support import relative_error
 
@@ -236,6 +243,8 @@ def test_sizes_are_the_weights(changes: dict[str, Any], message: str, tmp_path: 
     llama(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_pretrained(tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"intermediate=8: the weights in .* are of intermediate=40"):
+        import_pretrained(LinearLlama3(tiny(kv_heads=KV, intermediate=8)), tmp_path)
     same = {"heads": 4, "kv_heads": 2, "vocabulary": 64}
     assert not load_pretrained(tmp_path, **same).initialised
 

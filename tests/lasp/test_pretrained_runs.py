@@ -49,6 +49,7 @@ def test_a_run_starts_from_a_llama_and_is_exported(tmp_path: Path, capsys: pytes
     assert json.loads((tmp_path / "exported/config.json").read_text())["max_position_embeddings"] == 33
     model, tokenizer = read_model(tmp_path / "exported")
     assert tokenizer == "bytes"
+    assert model.config == run.model.config
     assert_same(model, run.model)
     again = Trainer(replace(given, init_from=tmp_path / "exported", pattern=None, mixer=None), build_mesh("cpu", 1))
     assert_same(again.model, run.model)
