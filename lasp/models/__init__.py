@@ -1,6 +1,17 @@
 """Models made of the layers."""
 
 from lasp.models.config import MIXTURE, PRESETS, LinearLlama3Config, preset
-from lasp.models.linear_llama3 import RECOMPUTE, LinearLlama3
+from lasp.models.generation import Generation, generate
+from lasp.models.linear_llama3 import RECOMPUTE, LinearLlama3, LinearLlama3State
 
-__all__ = ["MIXTURE", "PRESETS", "RECOMPUTE", "LinearLlama3", "LinearLlama3Config", "preset"]
+__all__ = [
+    "MIXTURE",
+    "PRESETS",
+    "RECOMPUTE",
+    "Generation",
+    "LinearLlama3",
+    "LinearLlama3Config",
+    "LinearLlama3State",
+    "generate",
+    "preset",
+]
