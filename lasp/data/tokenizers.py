@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 #: The tokenizer that needs no file.
 BYTES = "bytes"
+#: What is shown for what is no text.
+NO_TEXT = "\ufffd"
 
 
 class Tokenizer(ABC):
@@ -40,6 +43,15 @@ class Tokenizer(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; what is no text is shown as such."""
 
+    @abstractmethod
+    def stream(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """The text of tokens as they come: each character once all of it has come.
+
+        Args:
+            tokens: which are asked for one by one.
+            before: what they follow on, whose text is not given again.
+        """
+
 
 class Bytes(Tokenizer):
     """A token a byte."""
@@ -51,6 +63,14 @@ class Bytes(Tokenizer):
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode(errors="replace")
+
+    def stream(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        reader = codecs.getincrementaldecoder("utf-8")("replace")
+        reader.decode(bytes(before))
+        for token in tokens:
+            # A model may have more tokens than there are bytes. 255 is no byte of a text.
+            yield reader.decode(bytes([min(token, 255)]))
+        yield reader.decode(b"", final=True)
 
 
 class HuggingFace(Tokenizer):
@@ -92,6 +112,25 @@ class HuggingFace(Tokenizer):
     def decode(self, tokens: Sequence[int]) -> str:
         text: str = self._reader.decode(list(tokens), skip_special_tokens=False)
         return text
+
+    def stream(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        # Text depends on what it follows on: a space at the beginning of all is left out.
+        last, waiting = list(before[-1:]), list[int]()
+        for token in tokens:
+            waiting.append(token)
+            ready = len(waiting)
+            if self.decode(last + waiting).endswith(NO_TEXT):
+                # Perhaps part of a character. It has four bytes at most, so what waits longer is none.
+                ready = max(0, ready - 3)
+            if ready:
+                yield self._following(last, waiting[:ready])
+                last, waiting = waiting[ready - 1 : ready], waiting[ready:]
+        if waiting:
+            yield self._following(last, waiting)
+
+    def _following(self, last: list[int], tokens: list[int]) -> str:
+        """The text that tokens add to that of the last before."""
+        return self.decode(last + tokens)[len(self.decode(last)) :]
 
 
 def tokenizer_of(name: str) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Token mixers, each an `nn.Module` from ``[B, T, hidden]`` to ``[B, T, hidden]``, and their parts."""
 
+from lasp.layers.cache import AttentionState
 from lasp.layers.convolution import ShortConvolution
 from lasp.layers.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from lasp.layers.features import FEATURE_MAPS, feature_map
@@ -26,6 +27,7 @@ __all__ = [
     "FEATURE_MAPS",
     "HGRN2",
     "MIXERS",
+    "AttentionState",
     "Balance",
     "BasicLinearAttention",
     "DeltaNet",

@@ -183,7 +183,8 @@ class MixtureOfMemories(nn.Module):
         y, memory = self.mixer.mix(x, passage)
         assert memory is not None
         tails = tuple(new.unflatten(0, (self.memories, -1)).transpose(0, 1).contiguous() for new in passage.tails)
-        return y, MixerState(memory.view_as(state.memory), tails, state.position + x.shape[1])
+        # A copy: a view would keep what was computed beside the memories.
+        return y, MixerState(memory.view_as(state.memory).clone(), tails, state.position + x.shape[1])
 
     @property
     def memories(self) -> int:

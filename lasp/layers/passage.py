@@ -30,6 +30,11 @@ class MixerState:
     tails: tuple[Tensor, ...]
     position: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes, in bytes."""
+        return sum(x.nbytes for x in (self.memory, *self.tails, self.position))
+
     @staticmethod
     def joined(states: Sequence[MixerState]) -> MixerState:
         """The states of several batches as one batch: of prompts of different lengths, to be continued side by side."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.cache import AttentionState, Room
 from lasp.layers.mixer import head_width
 from lasp.layers.rotary import RopeScaling, rotate
 from lasp.ops.inputs import CuSeqlens, sequence_of
@@ -48,6 +51,39 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """x: ``[B, T, hidden]``; the arguments are those of `LinearMixer.forward`."""
         seq = sequence_of(x, cu_seqlens, sp)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (rotate(x, seq, self.rope_theta, scaling=self.rope_scaling) for x in (q, k))
+        q, k, v = self._projected(x, seq)
         return self.o_proj(softmax_attn(q, k, v, window=self.window, sp=seq).flatten(-2))
+
+    def initial_state(self, batch: int) -> AttentionState:
+        """The state before any token, for `step`.
+
+        Args:
+            batch: how many sequences are decoded at once.
+        """
+        like = self.k_proj.weight
+        places = like.new_empty(2, batch, like.shape[0] // self.width, 0, self.width)
+        return AttentionState(Room(places, 0), 0, like.new_zeros(batch, dtype=torch.int64))
+
+    def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """Mix the tokens that follow on those that made the state: see `LinearMixer.step`."""
+        batch, tokens = x.shape[:2]
+        if state.position.shape[0] != batch:
+            raise ValueError(f"step: x holds {batch} sequences and the state {state.position.shape[0]}")
+        positions = state.position[:, None] + torch.arange(tokens, device=x.device)
+        q, k, v = self._projected(x, sequence_of(x, None, None), positions)
+        seen, after = state.followed_by(k, v, self.window)
+        mask = state.mask(tokens, seen.shape[3], self.window)
+        groups = q.shape[2] // k.shape[2]
+        if groups > 1 and mask is not None:
+            # On a GPU no kernel takes both a mask and shared heads: without one all scores would be held at once.
+            seen, groups = seen.repeat_interleave(groups, dim=2), 1
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), seen[0], seen[1], mask, enable_gqa=groups > 1)
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), after
+
+    def _projected(
+        self, x: Tensor, seq: SequenceParallel, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two rotated by the positions given or those of the layout."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = (rotate(x, seq, self.rope_theta, positions, self.rope_scaling) for x in (q, k))
+        return q, k, v

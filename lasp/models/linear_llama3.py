@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lasp.layers.cache import AttentionState
 from lasp.layers.linear import mixer_type
 from lasp.layers.mom import MixtureOfMemories, PerMemory
 from lasp.layers.norm import RMSNorm
+from lasp.layers.passage import MixerState
 from lasp.layers.router import Routing
 from lasp.layers.softmax import SoftmaxAttention
 from lasp.models.config import MIXTURE, LinearLlama3Config
@@ -37,6 +40,28 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+@dataclass(frozen=True)
+class LinearLlama3State:
+    """All that the model keeps of the tokens before.
+
+    Attributes:
+        layers: what each layer's mixer keeps.
+    """
+
+    layers: tuple[MixerState | AttentionState, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes, in bytes."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @staticmethod
+    def joined(states: Sequence[LinearLlama3State]) -> LinearLlama3State:
+        """The states of several batches as one batch: of prompts of different lengths, to be continued side by side."""
+        layers: Any = zip(*(state.layers for state in states), strict=True)
+        return LinearLlama3State(tuple(type(layer[0]).joined(layer) for layer in layers))
+
+
 class Block(nn.Module):
     """One layer: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``.
 
@@ -48,13 +73,18 @@ class Block(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.mixer_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.mixer = _mixer(config, layer_idx)
+        self.mixer: Any = _mixer(config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
         self.mlp = SwiGLU(config.hidden, config.intermediate)
 
     def forward(self, x: Tensor, sp: SequenceParallel | None = None, cu_seqlens: CuSeqlens = None) -> Tensor:
         """x: ``[B, T, hidden]``."""
         return self._perhaps_again("full", self._layer, x, sp, cu_seqlens)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The tokens that follow on those that made the mixer's state, and its state after them: see `LinearMixer.step`."""
+        y, state = self.mixer.step(self.mixer_norm(x), state)
+        return self._fed(x + y), state
 
     def _layer(self, x: Tensor, sp: SequenceParallel | None, cu_seqlens: CuSeqlens) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), sp=sp, cu_seqlens=cu_seqlens)
@@ -159,3 +189,40 @@ class LinearLlama3(nn.Module):
             ``[B, T, vocabulary]``.
         """
         return self.head(self.features(tokens, sp, cu_seqlens))
+
+    def initial_state(self, batch: int) -> LinearLlama3State:
+        """The state before any token, for `step`.
+
+        Args:
+            batch: how many sequences are decoded at once.
+        """
+        blocks: Any = self.blocks
+        return LinearLlama3State(tuple(block.mixer.initial_state(batch) for block in blocks))
+
+    def step(self, tokens: Tensor, state: LinearLlama3State) -> tuple[Tensor, LinearLlama3State]:
+        """The logits of the successors of tokens that follow on those that made the state: for decoding, on one device.
+
+        Linear layers keep as much after a million tokens as after one, softmax layers all keys and values of their window.
+
+        Args:
+            tokens: ``[B, T]``, one or more at a time; T may differ from call to call.
+            state: `initial_state`, or what the last call gave.
+
+        Returns:
+            The logits ``[B, T, vocabulary]``, what `forward` gives for these tokens of the whole sequence, and the state
+            after them.
+
+        Raises:
+            ValueError: where the state is of another batch size.
+        """
+        x, state = self.step_features(tokens, state)
+        return self.head(x), state
+
+    def step_features(self, tokens: Tensor, state: LinearLlama3State) -> tuple[Tensor, LinearLlama3State]:
+        """What the head reads, ``[B, T, hidden]``, where not all logits are asked for: otherwise like `step`."""
+        blocks: Any = self.blocks
+        x, after = self.embedding(tokens), []
+        for block, before in zip(blocks, state.layers, strict=True):
+            x, layer = block.step(x, before)
+            after.append(layer)
+        return self.norm(x), LinearLlama3State(tuple(after))

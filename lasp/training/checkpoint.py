@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -189,7 +190,10 @@ def load(path: Path, state: State, told: Mapping[str, Any]) -> None:
     problems = [_damage(path / name, *facts) for name, facts in sorted(told["files"].items())[rank::ranks]]
     _together(next((_damaged(path, problem) for problem in problems if problem), None))
     try:
-        dcp.load(cast("dict[str, Any]", state), storage_reader=dcp.FileSystemReader(path), no_dist=alone)
+        with warnings.catch_warnings():
+            # One process alone is what was meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(cast("dict[str, Any]", state), storage_reader=dcp.FileSystemReader(path), no_dist=alone)
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         cause: BaseException = error
         if isinstance(error, CheckpointException) and error.failures:
@@ -209,7 +213,7 @@ def read_model(path: Path) -> tuple[LinearLlama3, str]:
     Raises:
         ValueError: where there is none, or it is damaged.
     """
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() and not (path / MARKER).is_file():
         return load_pretrained(path).model, pretrained_tokenizer(path)
     path = find(path)
     told = read_marker(path)
