@@ -13,11 +13,9 @@ def main() -> None:
     """Options, ranks, model and data; then train."""
     with errors_in_one_line("pretrain.py"):
         options = read_options()
-    with processes(options.device_type()):
-        with errors_in_one_line("pretrain.py"):
-            mesh = build_mesh(options.device_type(), options.ranks_of_a_sequence(launched_ranks()))
-            trainer = Trainer(options, mesh)
-        closing = trainer.train()
+    with processes(options.device_type()), errors_in_one_line("pretrain.py"):
+        mesh = build_mesh(options.device_type(), options.ranks_of_a_sequence(launched_ranks()))
+        closing = Trainer(options, mesh).train()
     if closing:
         print(closing)
 

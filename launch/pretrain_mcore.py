@@ -112,6 +112,10 @@ class McoreOptions(Options):
         config = super().model()
         return replace(config, gated=False) if config.mixer in CORES else config
 
+    def ranks_of_a_sequence(self, world_size: int) -> int:
+        """How many ranks share a sequence."""
+        return self.cp
+
     def lasp(self) -> LaspOptions:
         """What the plug-in is told."""
         config = self.model()
@@ -157,6 +161,7 @@ class McoreTrainer(Loop):
     """
 
     options: McoreOptions
+    generates = False
 
     def __init__(self, options: McoreOptions):
         self.options = options
@@ -253,6 +258,10 @@ class McoreTrainer(Loop):
         dist.all_reduce(total)
         return {"loss": total[0] / total[1], "grad_norm": torch.as_tensor(norm).to(total)}
 
+    def split(self) -> str:
+        """See `Loop.split`."""
+        return f"DP {self.data_size} × TP {self.options.tp} × PP {self.options.pp} × CP {self.options.cp}"
+
     def explain(self) -> str:
         """Why states travel as they do, after a step."""
         group = parallel_state.get_context_parallel_group()
@@ -323,10 +332,8 @@ def main() -> None:
     with errors_in_one_line(program):
         options = tyro.cli(McoreOptions, description=__doc__)
         options.check(launched_ranks())
-    with processes(options.device_type()), megatron_on_cpu():
-        with errors_in_one_line(program):
-            trainer = McoreTrainer(options)
-        closing = trainer.train()
+    with processes(options.device_type()), megatron_on_cpu(), errors_in_one_line(program):
+        closing = McoreTrainer(options).train()
     if closing:
         print(closing)
 
