@@ -92,8 +92,14 @@ class Loop(ABC):
         unread: list[dict[str, Tensor]] = []
         began = time.perf_counter()
         while self.done < options.steps:
-            with meter or nullcontext(), trace.step(self.done + 1) if trace else nullcontext():
-                unread.append(self.step())
+            try:
+                with meter or nullcontext(), trace.step(self.done + 1) if trace else nullcontext():
+                    unread.append(self.step())
+            except ValueError as error:
+                # An op that looks at what it is given may be the first to see what the last steps made.
+                if unread:
+                    self._tell(watchers, self._rows(unread, began, work, None))
+                raise ValueError(f"step {self.done + 1}: {error}") from error
             for watcher in watchers:
                 watcher.tick()
             if watchers and options.explain and self.done == first + 1:
@@ -102,22 +108,25 @@ class Loop(ABC):
                 say(trace.told())
             saves, measures = (self._due(every) for every in (options.checkpoint_interval, options.eval_interval))
             if saves or measures or self._due(options.log_interval):
-                rows = self._rows(unread, began, work, meter)
-                broken = next((row for row in rows if not row.finite), None)
-                if measures and broken is None:
-                    seen: dict[str, Any] = {name: figure.item() for name, figure in self.measured().items()}
-                    rows[-1] = replace(rows[-1], **seen)
-                for watcher in watchers:
-                    watcher.write(rows)
-                if broken is not None:
-                    raise ValueError(
-                        f"step {broken.step}: the loss is {broken.loss} and the gradient's norm {broken.grad_norm}: nothing is "
-                        f"learnt from here on; go on from a checkpoint before it (--resume) with a lower --lr or --clip"
-                    )
+                self._tell(watchers, self._rows(unread, began, work, meter), measures)
                 unread, began = [], time.perf_counter()
             if saves:
                 self.save()
                 began = time.perf_counter()
+
+    def _tell(self, watchers: list[Watcher], rows: list[Row], measures: bool = False) -> None:
+        """Give all who watch the rows, the last with what is not trained on if it `measures`, and go on if all are finite."""
+        broken = next((row for row in rows if not row.finite), None)
+        if measures and broken is None:
+            seen: dict[str, Any] = {name: figure.item() for name, figure in self.measured().items()}
+            rows[-1] = replace(rows[-1], **seen)
+        for watcher in watchers:
+            watcher.write(rows)
+        if broken is not None:
+            raise ValueError(
+                f"step {broken.step}: the loss is {broken.loss} and the gradient's norm {broken.grad_norm}: nothing is learnt "
+                "from here on; go on from a checkpoint before it (--resume) with a lower --lr or --clip"
+            )
 
     def _watchers(self, history: History) -> list[Watcher]:
         """All who follow the run; the history first, which others read."""
