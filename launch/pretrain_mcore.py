@@ -297,6 +297,9 @@ class McoreTrainer(Loop):
         if dist.get_rank() == 0:
             (self.options.out / "latest").write_text(folder.name)
 
+    def wait(self) -> None:
+        """See `Loop.wait`: `save` returns when they are."""
+
     def _resume(self, resume: str) -> None:
         latest = self.options.out / "latest"
         if resume == "auto" and not latest.is_file():

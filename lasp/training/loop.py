@@ -45,6 +45,10 @@ class Loop(ABC):
     def save(self) -> None:
         """Write a checkpoint; called on all ranks."""
 
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when all checkpoints are on the disk; called on all ranks, where the run breaks off."""
+
     def measured(self) -> dict[str, Tensor]:
         """Figures of what is not trained on, by their names in `Row`; none where there is nothing of the kind."""
         return {}
@@ -123,6 +127,7 @@ class Loop(ABC):
         for watcher in watchers:
             watcher.write(rows)
         if broken is not None:
+            self.wait()
             raise ValueError(
                 f"step {broken.step}: the loss is {broken.loss} and the gradient's norm {broken.grad_norm}: nothing is learnt "
                 "from here on; go on from a checkpoint before it (--resume) with a lower --lr or --clip"

@@ -8,12 +8,12 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+import lasp
 from lasp.models.flops import outline
 from lasp.training.metrics import History, Row, Watcher, thousands
 from lasp.training.options import Options
@@ -127,7 +127,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _versions() -> str:
-    return f"lasp {version('lasp')}, torch {torch.__version__}, python {platform.python_version()}"
+    return f"lasp {lasp.__version__}, torch {torch.__version__}, python {platform.python_version()}"
 
 
 def _commands(options: Options, generates: bool) -> dict[str, str]:

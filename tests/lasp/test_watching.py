@@ -321,7 +321,9 @@ def test_what_is_not_finite_is_written_and_ends_the_run(
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row.step for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row.finite for row in rows] == [True] * 4 + [False, True]
-    assert checkpoint.load(tmp_path)["step"] == 3
+    last = checkpoint.latest(tmp_path / checkpoint.FOLDER)
+    assert last is not None
+    assert checkpoint.read_marker(last)["step"] == 3
     assert rows[-1].eval_loss is None
     assert "stands at step 6 of 9" in (tmp_path / "summary.md").read_text()
 
@@ -368,7 +370,7 @@ def test_a_launch_whose_loss_is_not_finite_ends_on_all_ranks(tmp_path: Path) -> 
     assert run.returncode != 0
     said = [line for line in run.stderr.splitlines() if line.startswith("pretrain.py: error: step ")]
     assert len(said) == 1, run.stderr
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert checkpoint.latest(tmp_path / checkpoint.FOLDER) is None
     assert not read_rows(tmp_path / "metrics.jsonl")[-1].finite
     assert seconds < 60
 
