@@ -117,6 +117,10 @@ class McoreOptions(Options):
         config = super().model()
         return replace(config, gated=False) if config.mixer in CORES else config
 
+    def ranks_of_a_sequence(self, world_size: int) -> int:
+        """How many ranks share a sequence."""
+        return self.cp
+
     def lasp(self) -> LaspOptions:
         """What the plug-in is told."""
         config = self.model()
@@ -162,6 +166,7 @@ class McoreTrainer(Loop):
     """
 
     options: McoreOptions
+    generates = False
 
     def __init__(self, options: McoreOptions):
         self.options = options
@@ -260,6 +265,10 @@ class McoreTrainer(Loop):
         dist.all_reduce(total)
         return {"loss": total[0] / total[1], "grad_norm": torch.as_tensor(norm).to(total)}
 
+    def split(self) -> str:
+        """See `Loop.split`."""
+        return f"DP {self.data_size} × TP {self.options.tp} × PP {self.options.pp} × CP {self.options.cp}"
+
     def explain(self) -> str:
         """Why states travel as they do, after a step."""
         group = parallel_state.get_context_parallel_group()
@@ -294,6 +303,9 @@ class McoreTrainer(Loop):
         dist_checkpointing.save(self._state(False), str(folder))
         if dist.get_rank() == 0:
             (self.options.out / "latest").write_text(folder.name)
+
+    def wait(self) -> None:
+        """See `Loop.wait`: `save` returns when they are."""
 
     def _resume(self, resume: str) -> None:
         latest = self.options.out / "latest"
@@ -330,10 +342,8 @@ def main() -> None:
     with errors_in_one_line(program):
         options = tyro.cli(McoreOptions, description=__doc__)
         options.check(launched_ranks())
-    with processes(options.device_type()), megatron_on_cpu():
-        with errors_in_one_line(program):
-            trainer = McoreTrainer(options)
-        closing = trainer.train()
+    with processes(options.device_type()), megatron_on_cpu(), errors_in_one_line(program):
+        closing = McoreTrainer(options).train()
     if closing:
         print(closing)
 

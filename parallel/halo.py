@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels.convolution import Pieces
+from lasp.parallel.exposure import exposed
 from lasp.parallel.layout import SequenceLayout
 
 
@@ -104,7 +105,7 @@ def take_back(dhalo: Tensor, dx: Tensor, halo: Halo, group: dist.ProcessGroup | 
 
 def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
     came = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(came, rows.contiguous(), received, sent, group=group)
+    exposed(lambda: dist.all_to_all_single(came, rows.contiguous(), received, sent, group=group), rows.device)
     return came
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.parallel.collectives import all_gather_rows, reduce_scatter_rows
+from lasp.parallel.exposure import exposed
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.operators import name_in_graph
 from lasp.parallel.sequence_parallel import SequenceParallel
@@ -90,7 +91,7 @@ def _order(layout: SequenceLayout, device: torch.device) -> tuple[Tensor, Tensor
 
 def _all_to_all(rows: Tensor, sent: list[int], received: list[int], sp: SequenceParallel) -> Tensor:
     came = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(came, rows.contiguous(), received, sent, group=sp.group)
+    exposed(lambda: dist.all_to_all_single(came, rows.contiguous(), received, sent, group=sp.group), rows.device)
     return came
 
 
@@ -137,7 +138,7 @@ def _(x: Tensor, sp: str) -> Tensor:
 @torch.library.custom_op("lasp::all_heads", mutates_args=(), schema="(Tensor x, str sp) -> Tensor")
 def _all_heads(x: Tensor, sp: str) -> Tensor:
     gathered, work = all_gather_rows(x, SequenceParallel.named(sp).group)
-    work.wait()
+    exposed(work.wait, x.device)
     return gathered
 
 
@@ -149,7 +150,7 @@ def _(x: Tensor, sp: str) -> Tensor:
 @torch.library.custom_op("lasp::sum_of_own_heads", mutates_args=(), schema="(Tensor x, str sp) -> Tensor")
 def _sum_of_own_heads(x: Tensor, sp: str) -> Tensor:
     own, work = reduce_scatter_rows(x, SequenceParallel.named(sp).group)
-    work.wait()
+    exposed(work.wait, x.device)
     return own
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lasp.kernels import Ahead, Course, Recurrence, Summary, Tokens
 from lasp.parallel.exchange import Route, Running
+from lasp.parallel.exposure import exposed
 from lasp.parallel.plan import Plan
 from lasp.parallel.routed import Routed, RoutedPlan
 from lasp.parallel.sequence_parallel import SequenceParallel
@@ -198,5 +199,5 @@ def total(x: Tensor, sp: SequenceParallel) -> Tensor:
     if sp.world_size == 1:
         return x
     x = x.contiguous().clone()
-    dist.all_reduce(x, group=sp.group)
+    exposed(lambda: dist.all_reduce(x, group=sp.group), x.device)
     return x

@@ -22,6 +22,7 @@ from lasp.parallel.attention.local import wide
 from lasp.parallel.attention.mask import Mask, Reach, Span
 from lasp.parallel.attention.ring import Homing, ring_mask, rounds
 from lasp.parallel.collectives import all_gather_rows
+from lasp.parallel.exposure import exposed
 from lasp.parallel.operators import name_in_graph
 from lasp.parallel.sequence_parallel import SequenceParallel
 
@@ -71,7 +72,7 @@ def running_sum(x: Tensor, sp: SequenceParallel, reverse: bool = False) -> Tenso
     for i, run in enumerate(sums):
         totals[i] = run[:, 0 if reverse else -1]
     gathered, work = all_gather_rows(totals, sp.group)
-    work.wait()
+    exposed(work.wait, gathered.device)
     along = gathered[[rank * slots + i for rank, i in order]]
     before = along.cumsum(0) - along
     return torch.cat(

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels.convolution import Pieces
 from lasp.parallel.collectives import all_gather_rows, reduce_scatter_rows
 from lasp.parallel.convolution import form_of
+from lasp.parallel.exposure import exposed
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.routed import Routed
 
@@ -215,11 +216,11 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         received, work = all_gather_rows(rows, group)
-        work.wait()
+        exposed(work.wait, rows.device)
         return received
 
     @staticmethod
     def backward(ctx: Any, dreceived: Tensor) -> tuple[Tensor, None]:
         drows, work = reduce_scatter_rows(dreceived, ctx.group)
-        work.wait()
+        exposed(work.wait, drows.device)
         return drows, None

@@ -7,11 +7,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.parallel.agreement import Agreement
 from lasp.parallel.exchange import EXCHANGES, Exchange, build_exchange
+from lasp.parallel.exposure import exposed
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.topology import Topology
 
@@ -185,8 +187,10 @@ class SequenceParallel:
         Raises:
             ValueError: naming the problem and its rank, or what the ranks disagree on.
         """
-        if self._agreement is not None and (self._settle_always or problem or statement not in self._settled):
-            self._agreement.settle(statement, problem)
+        agreement = self._agreement
+        if agreement is not None and (self._settle_always or problem or statement not in self._settled):
+            # Whoever comes late is waited for here, on the host, and not in what follows.
+            exposed(lambda: agreement.settle(statement, problem), torch.device("cpu"))
         elif problem is not None:
             raise ValueError(problem)
         self._settled.add(statement)

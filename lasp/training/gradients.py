@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 #: The largest buffer, in elements: 128 MiB of float32. A larger parameter has a buffer to itself.
 BUCKET = 2**25
@@ -47,10 +48,11 @@ class Gradients:
 
     def sum(self) -> None:
         """Replace every gradient by its sum over the ranks: each rank's loss is its share of one global mean."""
-        works = [dist.all_reduce(buffer, group=self.group, async_op=True) for buffer in self.buffers]
-        for work in works:
-            if work is not None:
-                work.wait()
+        with record_function("lasp gradients"):
+            works = [dist.all_reduce(buffer, group=self.group, async_op=True) for buffer in self.buffers]
+            for work in works:
+                if work is not None:
+                    work.wait()
 
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients to a global norm of at most `limit`; their norm before, without waiting for the device."""

@@ -1,14 +1,12 @@
-"""What a run tells: a row a step in metrics.jsonl, a progress bar, a closing line and a plot of the loss. By rank 0."""
+"""What a run tells of its steps: a row each, kept in metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
-import time
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 #: By this and its number a memory's share of the choices goes among a step's figures.
 LOAD = "memory_load."
@@ -25,6 +23,10 @@ class Row:
         tokens: how many tokens the run has trained on, this step included.
         tokens_per_second: over all ranks, since the last reading.
         lr: learning rate.
+        mfu: model FLOPs utilisation since the last reading, from 0 to 1 (`lasp.models.flops`); None where the peak of the
+            device is not known.
+        exposed_exchange: seconds a step, since the last reading, in which the computation waited for states, keys and values of
+            other ranks, on the rank that waited longest (`lasp.parallel.exposure`); None where no ranks share a sequence.
         eval_loss: mean cross entropy of tokens that are not trained on, of the steps that measure it.
         bits_per_byte: the same in bits a byte of text, which does not depend on the tokenizer.
         z_loss: mean squared logarithm of the logits' normaliser, where it is trained on.
@@ -42,6 +44,8 @@ class Row:
     tokens: int
     tokens_per_second: float
     lr: float
+    mfu: float | None = None
+    exposed_exchange: float | None = None
     eval_loss: float | None = None
     bits_per_byte: float | None = None
     z_loss: float | None = None
@@ -53,52 +57,64 @@ class Row:
     dropped: float | None = None
 
     @classmethod
-    def of(cls, figures: dict[str, float], step: int, tokens: int, tokens_per_second: float, lr: float) -> Row:
-        """Of what a step gives by name; what the memories have is ``LOAD`` and their number."""
+    def of(cls, figures: dict[str, float], **others: Any) -> Row:
+        """Of what a step gives by name, in which what the memories have is ``LOAD`` and their number, and of the rest."""
         load = [value for name, value in figures.items() if name.startswith(LOAD)]
-        others: dict[str, Any] = {name: value for name, value in figures.items() if not name.startswith(LOAD)}
-        row = cls(step=step, tokens=tokens, tokens_per_second=tokens_per_second, lr=lr, **others)
+        others |= {name: value for name, value in figures.items() if not name.startswith(LOAD)}
+        row = cls(**others)
         return replace(row, memory_load=load) if load else row
 
+    @property
+    def finite(self) -> bool:
+        """Whether this step left numbers behind that can be trained on."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
-class Metrics:
-    """Where the rows go.
+    def told(self) -> dict[str, Any]:
+        """What there is, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
-    Args:
-        directory: gets ``metrics.jsonl``.
-        done: steps already done; their rows stay, later ones are dropped: the run has gone back to a checkpoint.
-        steps: how many steps the run has.
-    """
 
-    def __init__(self, directory: Path, done: int, steps: int):
-        self.path = directory / "metrics.jsonl"
-        kept = [row for row in read_rows(self.path) if row.step <= done] if done else []
-        self.path.write_text("".join(_line(row) for row in kept))
-        self.rows = kept
-        self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
-        self.began = time.perf_counter()
+class Watcher:
+    """Something that follows a run, on rank 0."""
+
+    def tick(self) -> None:
+        """A step was begun; its figures come later."""
 
     def write(self, rows: list[Row]) -> None:
-        """Append rows and show the last."""
+        """The figures of the steps since the last call, at least one."""
+
+    def close(self) -> None:
+        """There is nothing more to come, at the end or because the run breaks off; maybe nothing came."""
+
+
+class History(Watcher):
+    """All rows of a run, in memory and in ``metrics.jsonl``.
+
+    Args:
+        directory: gets the file.
+        done: steps already done; their rows stay, later ones are dropped: the run has gone back to a checkpoint.
+    """
+
+    def __init__(self, directory: Path, done: int):
+        self.path = directory / "metrics.jsonl"
+        self.rows = [row for row in read_rows(self.path) if row.step <= done] if done else []
+        self.path.write_text("".join(_line(row) for row in self.rows))
+
+    def write(self, rows: list[Row]) -> None:
+        """Append rows."""
         with self.path.open("a") as file:
             file.writelines(_line(row) for row in rows)
         self.rows += rows
-        last = rows[-1]
-        right = "" if last.accuracy is None else f", {last.accuracy:.0%} right"
-        self.bar.set_postfix_str(f"loss {last.loss:.3f}{right}, {_thousands(last.tokens_per_second)} tokens/s")
 
-    def close(self) -> str:
-        """End the bar, draw the plot where matplotlib is installed, and return the closing line."""
-        self.bar.close()
-        seconds = time.perf_counter() - self.began
-        first, last = self.rows[0], self.rows[-1]
-        plot = _plot(self.rows, self.path.with_name("loss.png"))
-        unseen = "" if last.bits_per_byte is None else f" (unseen text: {last.bits_per_byte:.2f} bits a byte)"
-        return (
-            f"loss {first.loss:.2f} → {last.loss:.2f}{unseen} in {seconds:.0f} s, {last.tokens:,} tokens, "
-            f"{_thousands(last.tokens_per_second)} tokens/s; metrics in {self.path}"
-            + (f", plot in {plot}" if plot else "")
-        )
+    @property
+    def seconds(self) -> float:
+        """How long the steps took that it knows of, in all, without what was between them: measurements and checkpoints."""
+        before = [0, *(row.tokens for row in self.rows)]
+        # Where the first rows are missing, the first one here stands for its own step alone.
+        if self.rows and self.rows[0].step > 1:
+            before[0] = self.rows[0].tokens - self.rows[0].tokens // self.rows[0].step
+        pairs = zip(before, self.rows, strict=False)
+        return sum((row.tokens - tokens) / row.tokens_per_second for tokens, row in pairs)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -106,26 +122,10 @@ def read_rows(path: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _line(row: Row) -> str:
-    return json.dumps({name: value for name, value in asdict(row).items() if value is not None}) + "\n"
-
-
-def _thousands(x: float) -> str:
+def thousands(x: float) -> str:
+    """A speed for people: 950, 12.3k."""
     return f"{x / 1000:.1f}k" if x >= 1000 else f"{x:.0f}"
 
 
-def _plot(rows: list[Row], path: Path) -> Path | None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats a token)")
-    axes.plot([row.tokens for row in rows], [row.loss for row in rows], linewidth=1, label="trained on")
-    if unseen := [(row.tokens, row.eval_loss) for row in rows if row.eval_loss is not None]:
-        axes.plot(*zip(*unseen, strict=True), "o-", markersize=3, label="unseen")
-        axes.legend()
-    axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(str(path))
-    return path
+def _line(row: Row) -> str:
+    return json.dumps(row.told()) + "\n"

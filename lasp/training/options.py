@@ -17,7 +17,9 @@ from lasp.models.pretrained import pretrained_tokenizer
 from lasp.parallel import SequenceLayout
 from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
+from lasp.training.dashboards import needed
 from lasp.training.recall import Recall
+from lasp.training.trace import steps_of
 
 #: Who holds which tokens of a sequence, as ``--layout`` takes it.
 LAYOUTS = {
@@ -160,7 +162,7 @@ class Options:
     """Of the initial weights and of the order of the data."""
 
     out: Path = Path("runs/pretrain")
-    """Directory for metrics.jsonl, the plot and the checkpoints."""
+    """Directory for metrics.jsonl, the plot, the summary and the checkpoints."""
     resume: str | None = None
     """Continue from a checkpoint, on as many ranks as there are: its directory, that of its run, or auto for the last one in
     --out where there is one."""
@@ -170,6 +172,14 @@ class Options:
     """Steps between two checkpoints; the last step writes one in any case."""
     keep_checkpoints: int = 2
     """How many of them stay, the last ones."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, in the folder tensorboard of --out."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log the metrics to."""
+    profile: str | None = None
+    """Steps to trace by torch's profiler, the first and the last as in 20:24 or one; each rank's trace goes to --out."""
+    peak_tflops: float | None = None
+    """What one device computes at most, in 10^12 operations a second, for the utilisation (MFU); known of some GPUs."""
 
     def model(self) -> LinearLlama3Config:
         """The preset, or the model that is started from, with what was given in its place."""
@@ -269,6 +279,14 @@ class Options:
             raise ValueError(f"--validation {self.validation}: must be at least 0 and less than 1")
         if not self.clip > 0:
             raise ValueError(f"--clip {self.clip}: must be above 0, inf for no clipping")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"--peak-tflops {self.peak_tflops}: must be above 0")
+        if self.profile is not None and steps_of(self.profile)[1] > self.steps:
+            raise ValueError(f"--profile {self.profile}: the last step is --steps {self.steps}")
+        if self.tensorboard:
+            needed("torch.utils.tensorboard", "--tensorboard")
+        if self.wandb is not None:
+            needed("wandb", "--wandb")
         if self.seed >= 2**31:
             raise ValueError(f"--seed {self.seed}: must be less than 2^31")
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -163,6 +163,10 @@ class Trainer(Loop):
         if self.done == self.options.steps:
             self.checkpoints.wait()
 
+    def wait(self) -> None:
+        """See `Loop.wait`."""
+        self.checkpoints.wait()
+
     def _state(self) -> checkpoint.State:
         """All that a step changes, by the names of the model's parameters: of this rank."""
         optimizer: dict[str, Tensor] = {}

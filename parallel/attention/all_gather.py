@@ -15,6 +15,7 @@ from torch import Tensor
 from lasp.parallel.attention.local import attend, attend_backward, wide
 from lasp.parallel.attention.mask import Mask, Reach, Span
 from lasp.parallel.collectives import all_gather_rows, reduce_scatter_rows
+from lasp.parallel.exposure import exposed
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.sequence_parallel import SequenceParallel
 
@@ -59,7 +60,7 @@ def all_gather_backward(
         homing.append((rows, *reduce_scatter_rows(rows, sp.group)))
     own = []
     for _, mine, work in homing:
-        work.wait()
+        exposed(work.wait, mine.device)
         own.append(mine[: k.shape[1]].transpose(0, 1).to(k.dtype))
     dk, dv = torch.cat(own, dim=2).split(widths, dim=-1)
     return torch.cat(queries, dim=2), dk, dv
@@ -83,7 +84,7 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel) -> Iterator
         gathered, work = ahead
         if group + 1 < count:
             ahead = start(group + 1)
-        work.wait()
+        exposed(work.wait, gathered.device)
         keys, values = gathered.transpose(0, 1).split([k.shape[-1], v.shape[-1]], dim=-1)
         yield slice(bounds[group] * shared, bounds[group + 1] * shared), keys, values
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lasp.parallel.attention.local import attend, attend_backward, merge, wide
 from lasp.parallel.attention.mask import Mask, Reach, Span
+from lasp.parallel.exposure import exposed
 from lasp.parallel.layout import SequenceLayout
 from lasp.parallel.sequence_parallel import SequenceParallel
 
@@ -122,7 +123,7 @@ class _Hop:
     def wait(self) -> tuple[Tensor, ...]:
         """The block that came."""
         for work in self.works:
-            work.wait()
+            exposed(work.wait, self.received[0].device)
         return self.received
 
 

@@ -14,6 +14,7 @@ from lasp.parallel.collectives import all_gather_rows
 from lasp.parallel.exchange.base import Exchange, Route, Size
 from lasp.parallel.exchange.cost import Step, links
 from lasp.parallel.exchange.lane import Peers, Running, named_failure
+from lasp.parallel.exposure import exposed
 
 
 class AllGather(Exchange):
@@ -66,5 +67,5 @@ class _Gathered:
     def wait(self) -> Tensor:
         if self.work is not None:
             with named_failure():
-                self.work.wait()
+                exposed(self.work.wait, self.rows.device)
         return self.route.course.states(self.pattern.unpack(self.rows), None, None)

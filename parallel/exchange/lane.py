@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from lasp.parallel.exposure import exposed
+
 #: As which torch's profiler shows an exchange.
 SPAN = "lasp exchange"
 
@@ -124,7 +126,7 @@ class _InThread:
         self._future = future
 
     def wait(self) -> Tensor:
-        return self._future.result()
+        return exposed(self._future.result, torch.device("cpu"))
 
 
 class _OnStream:
@@ -138,6 +140,6 @@ class _OnStream:
 
     def wait(self) -> Tensor:
         current = torch.cuda.current_stream(self._result.device)
-        current.wait_event(self._done)
+        exposed(lambda: current.wait_event(self._done), current.device)
         self._result.record_stream(current)
         return self._result
