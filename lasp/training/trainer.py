@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from lasp.data import Windows, tokenizer_of
 from lasp.layers import balance
 from lasp.models import LinearLlama3, import_pretrained
+from lasp.models.huggingface import CONFIG, described
+from lasp.models.weights import write_json
 from lasp.parallel.mesh import all_ranks, all_ranks_apart
 from lasp.training import checkpoint, sharding
 from lasp.training.batches import Batch, Batches
@@ -159,7 +161,8 @@ class Trainer(Loop):
             "data": self._position(),
             "options": self.options.saved(),
         }
-        self.checkpoints.save(self.done, self._state(), told, lambda _: None)
+        config = described(self.model.config)
+        self.checkpoints.save(self.done, self._state(), told, lambda folder: write_json(folder / CONFIG, config))
         if self.done == self.options.steps:
             self.checkpoints.wait()
 
@@ -182,15 +185,14 @@ class Trainer(Loop):
         resume, out = self.options.resume, self.options.out
         if resume is None or (resume == "auto" and checkpoint.latest(out / checkpoint.FOLDER) is None):
             return
-        path = checkpoint.find(out if resume == "auto" else Path(resume))
-        told = checkpoint.read_marker(path)
-        ours, theirs = self.model.config.plain(), told["model"]
-        if other := [name for name in ours if ours[name] != theirs.get(name)]:
-            was = ", ".join(f"{name}={theirs.get(name)!r} (here {ours[name]!r})" for name in other)
-            raise ValueError(f"--resume {path}: holds another model than the options describe: {was}")
-        self._go_on(path, told)
-        with torch.no_grad():
-            checkpoint.load(path, self._state(), told)
+        try:
+            path = checkpoint.find(out if resume == "auto" else Path(resume))
+            told = checkpoint.read_marker(path)
+            self._go_on(path, told)
+            with torch.no_grad():
+                checkpoint.load(path, self._state(), told)
+        except ValueError as error:
+            raise ValueError(f"--resume {error}") from None
         self.done = told["step"]
 
     def _position(self) -> dict[str, Any] | None:
@@ -200,18 +202,24 @@ class Trainer(Loop):
         return {"position": self.source.position(self.done), "windows": self.source.digest}
 
     def _go_on(self, path: Path, told: dict[str, Any]) -> None:
-        """Let the next step read where the last run would have."""
+        """Let the next step read where the last run would have.
+
+        Raises:
+            ValueError: where that was another model, or other data.
+        """
+        ours, theirs = self.model.config.plain(), told["model"]
+        if other := [name for name in ours if ours[name] != theirs.get(name)]:
+            was = ", ".join(f"{name}={theirs.get(name)!r} (here {ours[name]!r})" for name in other)
+            raise ValueError(f"{path}: holds another model than the options describe: {was}")
         place, options = told["data"], self.options
         if isinstance(self.source, Recall) or place is None:
             return
         if told["tokenizer_digest"] != tokenizer_of(options.tokenizer).digest:
-            raise ValueError(
-                f"--tokenizer {options.tokenizer}: --resume {path} was trained with another, {told['tokenizer']}"
-            )
+            raise ValueError(f"{path}: trained with --tokenizer {told['tokenizer']}, which {options.tokenizer} is not")
         if place["windows"] != self.source.digest:
             names = ("data", "data_weights", "tokenizer", "seq_len", "validation")
             was = ", ".join(f"--{name.replace('_', '-')} {told['options'].get(name)}" for name in names)
-            raise ValueError(f"--resume {path}: its place is in other data; use the same text and {was}")
+            raise ValueError(f"{path}: its place is in other data; use the same text and {was}")
         self.source.go_on(tuple(place["position"]), told["step"])
 
 

@@ -143,7 +143,7 @@ def test_a_launch_trains(tmp_path: Path) -> None:
     assert run.stdout.startswith("loss 5.")
     assert str(tmp_path / "metrics.jsonl") in run.stdout
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-    assert (tmp_path / "checkpoint.pt").is_file()
+    assert (tmp_path / "checkpoints/step_0000003/checkpoint.json").is_file()
 
 
 def test_a_run_explains_what_travelled(tmp_path: Path) -> None:

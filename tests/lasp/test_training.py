@@ -193,7 +193,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     other_bytes = tokenizers.Tokenizer(tokenizers.models.BPE({sign: i for i, sign in enumerate(sorted(alphabet))}, []))
     other_bytes.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     other_bytes.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"--tokenizer .*: --resume .* was trained with another, bytes"):
+    with pytest.raises(ValueError, match=r"--resume .*: trained with --tokenizer bytes, which .* is not"):
         trainer(options(out=tmp_path, resume="auto", tokenizer=str(tmp_path)))
 
 
