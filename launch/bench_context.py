@@ -24,8 +24,8 @@ from lasp.launch.megatron_cpu import megatron_on_cpu
 from lasp.launch.record import command_of, record
 from lasp.launch.traffic import counted
 from lasp.parallel.mesh import launched_ranks, processes
+from lasp.training.choices import DTYPES
 from lasp.training.command import errors_in_one_line
-from lasp.training.options import DTYPES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what is not installed and not used

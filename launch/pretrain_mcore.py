@@ -23,8 +23,8 @@ from lasp.launch.megatron_cpu import megatron_on_cpu
 from lasp.models import LinearLlama3, LinearLlama3Config, import_pretrained
 from lasp.parallel.mesh import launched_ranks, processes
 from lasp.training import Options, errors_in_one_line
+from lasp.training.choices import DTYPES
 from lasp.training.loop import Loop
-from lasp.training.options import DTYPES
 from lasp.training.schedule import learning_rate
 
 with warnings.catch_warnings():

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.data import Windows
 from lasp.parallel import SequenceLayout, SequenceParallel
-from lasp.training.options import LAYOUTS, Options
+from lasp.training.choices import LAYOUTS
+from lasp.training.options import Options
 from lasp.training.recall import Recall
 
 

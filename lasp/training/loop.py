@@ -31,11 +31,13 @@ class Loop(ABC):
         options: what to train.
         done: how many steps were made.
         generates: whether ``lasp.generate`` reads the checkpoints.
+        tokens_before: how many more tokens than steps of this size have: those of a run that goes on with another.
     """
 
     options: Options
     done: int
     generates = True
+    tokens_before = 0
 
     @abstractmethod
     def step(self) -> dict[str, Tensor]:
@@ -177,7 +179,7 @@ class Loop(ABC):
             Row.of(
                 dict(zip(unread[0], each, strict=True)),
                 step=step + 1,
-                tokens=(step + 1) * tokens,
+                tokens=self.tokens_before + (step + 1) * tokens,
                 tokens_per_second=speed,
                 lr=learning_rate(self.options, step),
                 mfu=None if work is None else work * speed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,10 @@ from typing import Any
 import torch
 
 from lasp.data import BYTES, Part, Windows, tokenizer_of, tokens_of
-from lasp.layers import FEATURE_MAPS, MIXERS
-from lasp.models import MIXTURE, PRESETS, RECOMPUTE, LinearLlama3Config
+from lasp.models import PRESETS, LinearLlama3Config
 from lasp.models.huggingface import read_config
-from lasp.models.pretrained import pretrained_tokenizer
-from lasp.parallel import SequenceLayout
-from lasp.parallel.exchange import EXCHANGES
-from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
-from lasp.training.dashboards import needed
+from lasp.training.checks import check
 from lasp.training.recall import Recall
-from lasp.training.trace import steps_of
-
-#: Who holds which tokens of a sequence, as ``--layout`` takes it.
-LAYOUTS = {
-    "contiguous": SequenceLayout.contiguous,
-    "zigzag": SequenceLayout.zigzag,
-    "zigzag-per-document": SequenceLayout.zigzag_per_document,
-}
-#: What there is to train on, as ``--task`` takes it.
-TASKS = ("text", "mqar")
-#: How the learning rate goes after the warm-up, as ``--schedule`` takes it: see `lasp.training.schedule`.
-SCHEDULES = ("cosine", "wsd")
-#: What the matrix products are computed in, as ``--dtype`` takes it.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -242,93 +222,7 @@ class Options:
         Raises:
             ValueError: naming the option that cannot.
         """
-        for name, known in _choices().items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ValueError(f"{_flag(name)} {value}: unknown, expected one of {', '.join(known)}")
-        for name in (
-            "seq_len",
-            "batch_size",
-            "steps",
-            "log_interval",
-            "checkpoint_interval",
-            "keep_checkpoints",
-            "micro_batch_size",
-            "eval_interval",
-            "eval_steps",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
-        for name, least in (
-            ("lr", 0.0),
-            ("warmup", 0),
-            ("weight_decay", 0.0),
-            ("balance", 0.0),
-            ("router_z_loss", 0.0),
-            ("z_loss", 0.0),
-            ("seed", 0),
-        ):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be at least 0")
-        if self.data_weights and len(self.data_weights) != len(self.data):
-            raise ValueError(f"--data-weights {self.data_weights}: expected one for each of {len(self.data)} --data")
-        for name in ("min_lr", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)}: must be from 0 to 1")
-        if not 0 <= self.validation < 1:
-            raise ValueError(f"--validation {self.validation}: must be at least 0 and less than 1")
-        if not self.clip > 0:
-            raise ValueError(f"--clip {self.clip}: must be above 0, inf for no clipping")
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            raise ValueError(f"--peak-tflops {self.peak_tflops}: must be above 0")
-        if self.profile is not None and steps_of(self.profile)[1] > self.steps:
-            raise ValueError(f"--profile {self.profile}: the last step is --steps {self.steps}")
-        if self.tensorboard:
-            needed("torch.utils.tensorboard", "--tensorboard")
-        if self.wandb is not None:
-            needed("wandb", "--wandb")
-        if self.seed >= 2**31:
-            raise ValueError(f"--seed {self.seed}: must be less than 2^31")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: this machine has no CUDA device")
-
-        if self.init_from is not None:
-            self._check_start(self.init_from)
-        model = self.model()
-        if self.task == "text" and model.vocabulary < (tokens := tokenizer_of(self.tokenizer).vocabulary):
-            raise ValueError(
-                f"--tokenizer {self.tokenizer}: its {tokens} tokens exceed the vocabulary of {model.vocabulary}"
-                + (f"; use --vocabulary {-(-tokens // 64) * 64}" if self.init_from is None else " of --init-from")
-            )
-        if model.mixer == MIXTURE and self.sp != "none" and METHODS[self.sp].linear != "states":
-            states = ", ".join(name for name, method in METHODS.items() if method.linear == "states")
-            raise ValueError(
-                f"--sp {self.sp}: memories are states that travel, and with it none do; use one of {states}"
-            )
-        if self.sp == "none" and self.sp_size not in (None, 1):
-            raise ValueError(f"--sp-size {self.sp_size}: --sp none shares no sequence, use --sp {next(iter(METHODS))}")
-        sp_size = self.ranks_of_a_sequence(world_size)
-        if sp_size < 1 or world_size % sp_size:
-            raise ValueError(f"--sp-size {sp_size}: does not divide the {world_size} ranks")
-        if self.batch_size % (world_size // sp_size):
-            raise ValueError(
-                f"--batch-size {self.batch_size}: the {world_size // sp_size} data-parallel ranks "
-                f"({world_size} ranks, --sp-size {sp_size}) do not divide it"
-            )
-        rows = self.batch_size * sp_size // world_size
-        if self.micro_batch_size is not None and rows % self.micro_batch_size:
-            raise ValueError(
-                f"--micro-batch-size {self.micro_batch_size}: does not divide a data-parallel rank's {rows} sequences a step"
-            )
-        if self.seq_len < sp_size:
-            raise ValueError(f"--seq-len {self.seq_len}: shorter than --sp-size {sp_size}")
-
-    def _check_start(self, directory: Path) -> None:
-        if self.preset != Options.preset:
-            raise ValueError(f"--preset {self.preset}: the model is that of --init-from {directory}, leave one out")
-        # A Llama's vocabulary has room for 256 tokens too, which mean other things.
-        if self.task == "text" and self.tokenizer == BYTES != (own := pretrained_tokenizer(directory)):
-            raise ValueError(f"--tokenizer {BYTES}: the model of --init-from has another, use --tokenizer {own}")
+        check(self, world_size)
 
     def saved(self) -> dict[str, Any]:
         """The options in plain types, for a checkpoint."""
@@ -339,26 +233,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(x) for x in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _choices() -> dict[str, Collection[str]]:
-    """What each option that names something may name."""
-    return {
-        "preset": PRESETS,
-        "mixer": (*MIXERS, MIXTURE),
-        "mom_recurrence": MIXERS,
-        "feature_map": FEATURE_MAPS,
-        "sp": ("none", *METHODS),
-        "layout": LAYOUTS,
-        "exchange": ("auto", *EXCHANGES),
-        "softmax_sp": ("auto", *SOFTMAX),
-        "recompute": RECOMPUTE,
-        "schedule": SCHEDULES,
-        "task": TASKS,
-        "dtype": DTYPES,
-        "device": ("auto", "cpu", "cuda"),
-    }
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -21,11 +21,12 @@ from lasp.models.weights import write_json
 from lasp.parallel.mesh import all_ranks, all_ranks_apart
 from lasp.training import checkpoint, sharding
 from lasp.training.batches import Batch, Batches
+from lasp.training.choices import DTYPES
 from lasp.training.gradients import Gradients
 from lasp.training.loop import Loop
 from lasp.training.loss import right_answers, sums_of_losses
 from lasp.training.metrics import LOAD
-from lasp.training.options import DTYPES, Options
+from lasp.training.options import Options
 from lasp.training.recall import Recall
 from lasp.training.schedule import learning_rate
 
@@ -221,6 +222,7 @@ class Trainer(Loop):
             was = ", ".join(f"--{name.replace('_', '-')} {told['options'].get(name)}" for name in names)
             raise ValueError(f"{path}: its place is in other data; use the same text and {was}")
         self.source.go_on(tuple(place["position"]), told["step"])
+        self.tokens_before = self.source.before * options.seq_len
 
 
 def _adamw(model: LinearLlama3, options: Options) -> torch.optim.AdamW:

@@ -16,7 +16,7 @@ from lasp.models import PRESETS
 from lasp.parallel.exchange import EXCHANGES
 from lasp.parallel.sequence_parallel import METHODS, SOFTMAX
 from lasp.training import Options, read_options
-from lasp.training.options import LAYOUTS
+from lasp.training.choices import LAYOUTS
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ["--hidden", "16", "--heads", "2", "--intermediate", "16", "--seq-len", "32", "--data", __file__]

@@ -228,6 +228,8 @@ def test_a_run_goes_on_where_it_was_in_the_data_with_another_batch(tmp_path: Pat
     for row in range(5):
         assert torch.equal(larger.source.rows(3, row, 1)[0], one_by_one.rows(12 + row, 0, 1)[0])
     assert larger.source.position(4)[2] == 17
+    larger.train()
+    assert [row.tokens // 33 for row in read_rows(tmp_path / "metrics.jsonl")] == [4, 8, 12, 17, 22, 27]
 
 
 @pytest.mark.usefixtures("alone")

@@ -14,7 +14,7 @@ from lasp.launch.parity import ALONE, Deviation, Parity, Split, compare, splits,
 from lasp.layers import MIXERS
 from lasp.parallel.sequence_parallel import METHODS
 from lasp.training import Options
-from lasp.training.options import LAYOUTS
+from lasp.training.choices import LAYOUTS
 
 pytestmark = pytest.mark.mpi(min_size=4)
 STEPS, TOLERANCE = 20, 1e-5
