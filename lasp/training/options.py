@@ -186,12 +186,12 @@ class Options:
         """
         if self.task == "mqar":
             return Recall(self.model().vocabulary, self.pairs, self.seq_len, self.batch_size, self.seed)
-        return self._windows(self._parts(trained=True))
+        return self._windows(self._parts(trained=True), self.seed)
 
     def unseen(self) -> Windows | None:
-        """What is not trained on, but measured; None where there is none."""
+        """What is not trained on, but measured, the same whatever the seed; None where there is none."""
         parts = [] if self.task == "mqar" else self._parts(trained=False)
-        return self._windows(parts) if any(parts) else None
+        return self._windows(parts, seed=0) if any(parts) else None
 
     def _parts(self, trained: bool) -> list[Part | None]:
         """What of each text is trained on, or what is not: nothing, where it would be less than a sequence."""
@@ -203,12 +203,12 @@ class Options:
             found.append(Part.of(tokens, self.seq_len, share) if trained or kept else None)
         return found
 
-    def _windows(self, parts: list[Part | None]) -> Windows:
+    def _windows(self, parts: list[Part | None], seed: int) -> Windows:
         """The parts that there are, by their weights."""
         there = [i for i, part in enumerate(parts) if part]
         weights = [self.data_weights[i] for i in there] if self.data_weights else None
         found = [part for part in parts if part]
-        return Windows(found, self.seq_len, self.batch_size, self.seed, weights, self.document_mask)
+        return Windows(found, self.seq_len, self.batch_size, seed, weights, self.document_mask)
 
     def device_type(self) -> str:
         """Where to train: ``"cpu"`` or ``"cuda"``."""
