@@ -186,6 +186,24 @@ def test_what_a_mixture_recalls_is_recorded() -> None:
     assert f"two seeds give [{mixtures} beside {single}](launch/results/recall_sp2.json)" in text
 
 
+def test_what_tokens_and_interruptions_cost_is_recorded() -> None:
+    text = " ".join(README.split())
+    more = {
+        row["tokenizer"]: (row["peak"] - row["before"]) / 2**20 for row in _kernels("tokens") if row["size"] == 2**30
+    }
+    assert f"takes {more['bytes']:.0f} MiB more memory than none with bytes, and {more['bpe']:.0f} MiB with" in text
+    figures, same = _kernels("interrupt"), _kernels("interrupt_same")
+    assert len(figures["kills"]) == len(same["kills"]) == 10
+    assert sum(kill["writing"] for kill in figures["kills"]) == 5
+    assert {(kill["way"]["sp_size"], kill["way"]["fsdp"]) for kill in figures["kills"]} >= {
+        (1, True),
+        (2, True),
+        (4, False),
+    }
+    assert f"a run's losses stray by at most {_short(figures['loss'])} from" in text
+    assert (same["loss"], same["grad_norm"]) == (0, 0)
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target

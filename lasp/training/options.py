@@ -140,6 +140,8 @@ class Options:
     """Where to train: cpu, cuda, or auto for cuda where there is one."""
     seed: int = 0
     """Of the initial weights and of the order of the data."""
+    deterministic: bool = False
+    """Whether two runs on the same GPUs are the same to the last bit, which costs some time; on CPUs they are in any case."""
 
     out: Path = Path("runs/pretrain")
     """Directory for metrics.jsonl, the plot, the summary and the checkpoints."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -49,6 +51,8 @@ class Trainer(Loop):
         self.options = options
         self.device = torch.device(mesh.device_type)
         self.everyone = all_ranks(mesh)
+        if options.deterministic:
+            _make_deterministic()
         self.batches = Batches(options, mesh)
         self.source, self.unseen = options.source(), options.unseen()
 
@@ -223,6 +227,13 @@ class Trainer(Loop):
             raise ValueError(f"{path}: its place is in other data; use the same text and {was}")
         self.source.go_on(tuple(place["position"]), told["step"])
         self.tokens_before = self.source.before * options.seq_len
+
+
+def _make_deterministic() -> None:
+    """Of torch's operations on GPUs: the gradients of embeddings and of softmax attention add up in any order otherwise."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _adamw(model: LinearLlama3, options: Options) -> torch.optim.AdamW:
