@@ -191,7 +191,7 @@ def test_what_tokens_and_interruptions_cost_is_recorded() -> None:
     more = {
         row["tokenizer"]: (row["peak"] - row["before"]) / 2**20 for row in _kernels("tokens") if row["size"] == 2**30
     }
-    assert f"takes {more['bytes']:.0f} MiB more memory than none with bytes, and {more['bpe']:.0f} MiB with" in text
+    assert f"takes {more['bytes']:.0f} MiB of memory with bytes and {more['bpe']:.0f} MiB with" in text
     figures, same = _kernels("interrupt"), _kernels("interrupt_same")
     assert len(figures["kills"]) == len(same["kills"]) == 10
     assert sum(kill["writing"] for kill in figures["kills"]) == 5
