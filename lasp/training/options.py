@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from lasp.data import BYTES, Part, Windows, tokenizer_of, tokens_of
 from lasp.models import PRESETS, LinearLlama3Config
@@ -107,7 +108,7 @@ class Options:
     """Whether documents are told apart: states, attention and convolutions begin anew with each."""
     validation: float = 0.01
     """Share of each text's tokens, the last, that is not trained on; none where it is less than a sequence."""
-    eval_interval: int | None = None
+    eval_interval: Annotated[int | None, tyro.conf.arg(aliases=("--eval-every",))] = None
     """Steps between two measurements of the loss on the tokens that are not trained on; at the end only if not given."""
     eval_steps: int = 8
     """Batches of each."""

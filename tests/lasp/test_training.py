@@ -85,6 +85,55 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
+def test_the_learning_rate_stays_and_falls_at_the_end() -> None:
+    given = options(lr=1.0, warmup=4, steps=24, schedule="wsd", decay=1 / 3, min_lr=0.2)
+    rates = [learning_rate(given, step) for step in range(25)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:17] == [1.0] * 13
+    assert rates[18] == pytest.approx(0.2 + 0.8 * (1 - math.sqrt(2 / 8)))
+    assert rates[24] == pytest.approx(0.2)
+    assert rates[16:] == sorted(rates[16:], reverse=True)
+    # A decay longer than what the warm-up leaves begins after it.
+    assert learning_rate(replace(given, decay=1.0), 4) == 1.0
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_logits_normaliser_is_kept_near_1(tmp_path: Path) -> None:
+    """The gradient of both losses, against their definition by torch alone."""
+    run = trainer(options(out=tmp_path, z_loss=0.5, clip=1e9, document_mask=False))
+    plain = LinearLlama3(run.options.model())
+    plain.load_state_dict(run.model.state_dict())
+    inputs, targets = run.source.rows(0, 0, 4)
+    logits = plain(inputs)
+    z_loss = logits.exp().sum(-1).log().square().mean()
+    mean = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    (mean + 0.5 * z_loss).backward()
+    figures = run.step()
+    assert figures["loss"].item() == pytest.approx(mean.item(), rel=1e-5)
+    assert figures["z_loss"].item() == pytest.approx(z_loss.item(), rel=1e-5)
+    for (name, mine), theirs in zip(run.model.named_parameters(), plain.parameters(), strict=True):
+        assert (mine.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-7, name
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_computed_again_is_not_kept(tmp_path: Path) -> None:
+    def kept(recompute: str) -> int:
+        run, sizes = trainer(options(out=tmp_path, recompute=recompute, sp="none", seq_len=128)), {}
+
+        def pack(x: Tensor) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            (batch,) = run.batches.of(run.source, 0)
+            run.model.features(batch.inputs, cu_seqlens=batch.cu_seqlens)
+        return sum(sizes.values())
+
+    nothing, selective, full = (kept(recompute) for recompute in ("none", "selective", "full"))
+    assert full < 0.4 * selective
+    assert selective < 0.9 * nothing
+
+
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_falls(dtype: str) -> None:

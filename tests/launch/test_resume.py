@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from lasp.launch.interrupt import Interrupt, interrupted
 from lasp.launch.parity import Split
@@ -60,6 +61,20 @@ def test_other_ranks_go_on(split: Split, fsdp: bool, begun: torch.Tensor) -> Non
     assert torch.allclose(rest, begun, rtol=1e-5, atol=0)
     if fsdp and split.sp == 2:
         assert torch.equal(rest, begun)
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.usefixtures("world")
+def test_a_rank_keeps_its_part_of_weights_gradients_and_optimizer() -> None:
+    run = trainer(Split(2, 2), fsdp=True)
+    run.step()
+    parameters = list(run.model.parameters())
+    shared = [p for p in parameters if isinstance(p, DTensor)]
+    of_them = [p.to_local() for p in shared] + [p.grad.to_local() for p in shared]
+    of_them += [run.optimizer.state[p]["exp_avg"].to_local() for p in shared]
+    whole = 3 * sum(p.numel() for p in shared)
+    assert sum(x.numel() for x in of_them) <= 0.27 * whole
+    assert sum(p.numel() for p in shared) > 0.95 * sum(p.numel() for p in parameters)
 
 
 @pytest.mark.mpi(min_size=4)
