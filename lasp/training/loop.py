@@ -70,8 +70,18 @@ class Loop(ABC):
 
         Raises:
             ValueError: on all ranks, naming the first step whose loss or gradient is not finite. Its row is written, and no
-                checkpoint of it or of a later step.
+                checkpoint of it or of a later step. On rank 0, where what the run tells cannot be written.
         """
+        try:
+            return self._followed()
+        except OSError as error:
+            where = error.filename or self.options.out
+            raise ValueError(
+                f"{where}: {error.strerror or error}; whole checkpoints stay, --resume auto goes on from the last"
+            ) from error
+
+    def _followed(self) -> str | None:
+        """All steps, with all who watch."""
         options = self.options
         speaks = dist.get_rank() == 0
         if speaks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,10 @@ class History(Watcher):
     def __init__(self, directory: Path, done: int):
         self.path = directory / "metrics.jsonl"
         self.rows = [row for row in read_rows(self.path) if row.step <= done] if done else []
-        self.path.write_text("".join(_line(row) for row in self.rows))
+        # Whole or not at all: who is killed here loses nothing.
+        kept = self.path.with_name(f"{self.path.name}.unfinished")
+        kept.write_text("".join(_line(row) for row in self.rows))
+        os.replace(kept, self.path)
 
     def write(self, rows: list[Row]) -> None:
         """Append rows."""
@@ -118,8 +122,9 @@ class History(Watcher):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a ``metrics.jsonl``; none where there is no file."""
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of a ``metrics.jsonl``, without a last one that a killed run did not end; none where there is no file."""
+    whole = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [Row(**json.loads(line)) for line in whole]
 
 
 def thousands(x: float) -> str:

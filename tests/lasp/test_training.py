@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -210,7 +212,8 @@ def test_a_run_writes_its_metrics_and_goes_on_from_a_checkpoint_exactly(tmp_path
     first.checkpoints.wait()
     # What was written after the checkpoint is written again.
     lost = [replace(row, loss=9.0) for row in rows[:5]]
-    (stopped.out / "metrics.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in lost))
+    torn = '{"step": 6, "loss": 9.'
+    (stopped.out / "metrics.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in lost) + torn)
     second = trainer(stopped)
     assert second.done == 3
     second.train()
@@ -226,6 +229,20 @@ def test_a_run_writes_its_metrics_and_goes_on_from_a_checkpoint_exactly(tmp_path
 
     closing = trainer(stopped).train()
     assert closing == "nothing to train: the checkpoint has done 6 of --steps 6"
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/run: Not a directory; whole checkpoints stay"):
+        trainer(options(out=tmp_path / "file/run")).train()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lasp.training.metrics.History.write", full)
+    with pytest.raises(ValueError, match="/run: No space left on device; whole checkpoints stay"):
+        trainer(options(out=tmp_path / "run")).train()
 
 
 @pytest.mark.usefixtures("alone")
