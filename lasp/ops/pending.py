@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels import Tokens, delta_rule, elementwise_decay
+from lasp.kernels.one_token import OneToken
 from lasp.ops.inputs import (
     CuSeqlens,
     agree,
@@ -174,6 +175,9 @@ def start(
     like, widths, groups = k, (k.shape[-1], v.shape[-1]), v.shape[2] // k.shape[2]
     k = _of_the_values_heads(k, groups, use_qk_l2norm_in_kernel)
     states = None if initial_state is None else initial_state.unflatten(0, (k.shape[0], -1))
+    if k.shape[1] == 1 and seq.world_size == 1 and seq.num_documents == 1 and routed is None:
+        alone = OneToken(k, v, g, beta, states)
+        return Pending(op, like, seq, alone, widths, 0, groups, use_qk_l2norm_in_kernel)
     gates = tuple(gate for gate in (g, beta) if gate is not None)
     recurrence, multiple = recurrence_of(elementwise_decay if beta is None else delta_rule, Tokens(k, v, gates))
     pad = [-width % multiple for width in widths]

@@ -190,3 +190,14 @@ def test_the_states_kept_are_never_more_than_keys_and_values(K: int, V: int, sta
         start(k, v).finish(q)
     inputs = [x.numel() for x in (q, k, v)]
     assert sorted(kept) == sorted([*inputs, *([1024 // ChunkedDecay().segment_size * 2 * K * V] if states else [])])
+
+
+@pytest.mark.parametrize("corrected", RULES)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_token(decay: str, corrected: bool, causal: bool, groups: int) -> None:
+    """As one is decoded: nothing is cut into segments."""
+    sizes = {"B": 3, "T": 1, "H": 4, "K": 5, "V": 7}
+    for dtype in TOLERANCE:
+        check(decay, "mixed", dtype, None, causal, corrected=corrected, groups=groups, **sizes)
