@@ -204,6 +204,18 @@ def test_what_tokens_and_interruptions_cost_is_recorded() -> None:
     assert (same["loss"], same["grad_norm"]) == (0, 0)
 
 
+def test_what_is_learnt_is_recorded() -> None:
+    text = " ".join(README.split())
+    short, long, gpu = (_kernels(name) for name in ("pretrain", "pretrain_long", "pretrain_gpu"))
+    assert f"the loss falls from {short['first_loss']:.1f}" in text
+    assert f"never saw to {short['unseen_bits_per_byte']:.2f} bits a byte" in text
+    assert (short["steps"], long["steps"]) == (300, 1500)
+    assert f"come to {long['unseen_bits_per_byte']:.2f} bits" in text
+    bits = [run["unseen_bits_per_byte"] for run in gpu["runs"]]
+    assert f"to {min(bits):.2f} to {max(bits):.2f}, of three seeds" in text
+    assert len({run["seed"] for run in gpu["runs"]}) == 3
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
