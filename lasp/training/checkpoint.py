@@ -95,12 +95,12 @@ class Checkpoints:
 
     def _on_rank_0(self, path: Path, prepare: Callable[[], None]) -> None:
         """Let rank 0 do something, and all ranks know whether it could."""
-        problem = [None]
+        problem: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
                 prepare()
             except OSError as error:
-                problem = [_reason(error)]  # type: ignore[list-item]
+                problem = [_reason(error)]
         dist.broadcast_object_list(problem, 0, group=self._group)
         if problem[0] is not None:
             raise ValueError(self._failure(path, problem[0]))
@@ -124,7 +124,7 @@ class _Writer(dcp.FileSystemWriter):
         written = super().write_data(plan, planner)
         for name in {result.storage_data.relative_path for result in written.wait()}:
             file = self._folder / name
-            _write(file.with_name(name + CHECKSUM), json.dumps([file.stat().st_size, checksum(file)]))
+            _write(file.with_name(name + CHECKSUM), json.dumps(_facts(file)))
         return written
 
     def finish(self, metadata: Any, results: Any) -> None:
@@ -135,7 +135,10 @@ class _Writer(dcp.FileSystemWriter):
             files[file.name.removesuffix(CHECKSUM)] = json.loads(file.read_text())
             file.unlink()
         _write(self._folder / MARKER, json.dumps({**self._told, "files": files}, indent=1))
-        for old in _all(self._folder.parent)[: -self._keep]:
+        whole = _all(self._folder.parent)
+        # Later ones are of steps that were given up: the run has gone back to one before them.
+        later = [path for path in whole if path > self._folder]
+        for old in [*later, *whole[: len(whole) - len(later)][: -self._keep]]:
             (old / MARKER).unlink()  # first: what is half removed is none
             shutil.rmtree(old)
 

@@ -78,6 +78,13 @@ def test_the_last_ones_stay(tmp_path: Path) -> None:
     assert trainer(options(tmp_path, resume=str(tmp_path / "checkpoints/step_0000004"))).done == 4
 
 
+def test_steps_that_were_given_up_are_not_gone_on_from(run: Path) -> None:
+    """A run that goes back to step 2, and ends at 3, goes on from 3 and not from the 4 that it had before."""
+    trainer(options(run, steps=3, checkpoint_interval=3, resume=str(run / "checkpoints/step_0000002"))).train()
+    assert names(run) == ["step_0000002", "step_0000003"]
+    assert trainer(options(run, resume="auto")).done == 3
+
+
 def test_what_has_no_marker_is_no_checkpoint(run: Path) -> None:
     """As a killed run leaves it: the one before is taken, and the half of one is written anew."""
     last = checkpoint.latest(run / checkpoint.FOLDER)
