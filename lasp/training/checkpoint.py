@@ -76,6 +76,11 @@ class Checkpoints:
         found = dcp.async_save(_own(state), storage_writer=writer, process_group=self._group, async_stager=stager)
         self._pending = path, cast("Future[Any]", found)
 
+    @property
+    def writing(self) -> bool:
+        """Whether the last one is still being written, as this rank knows: it may be done before others are, or after."""
+        return self._pending is not None and not self._pending[1].done()
+
     def wait(self) -> None:
         """Return when the last one is on the disk.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +72,28 @@ def test_what_is_saved_is_the_state_then(tmp_path: Path) -> None:
         assert tensors.keys() == then[group].keys()
         assert all(torch.equal(x, then[group][name]) for name, x in tensors.items())
     assert not torch.equal(next(going.model.parameters()), next(again.model.parameters()))
+
+
+def test_a_run_knows_whether_a_checkpoint_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    going, finish, may = trainer(options(tmp_path)), checkpoint._Writer.finish, threading.Event()
+
+    def held(*given, **named) -> None:
+        assert may.wait(30)
+        finish(*given, **named)
+
+    monkeypatch.setattr(checkpoint._Writer, "finish", held)
+    assert not going.checkpoints.writing
+    going.step()
+    going.save()
+    assert going.checkpoints.writing
+    assert checkpoint.latest(tmp_path / checkpoint.FOLDER) is None
+    may.set()
+    while going.checkpoints.writing:
+        time.sleep(0.001)
+    assert names(tmp_path) == ["step_0000001"]
+    assert checkpoint.latest(tmp_path / checkpoint.FOLDER) is not None
+    going.wait()
+    assert not going.checkpoints.writing
 
 
 def test_the_last_ones_stay(tmp_path: Path) -> None:
