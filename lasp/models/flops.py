@@ -1,10 +1,12 @@
-"""What a model computes for a token, and what a device could: model FLOPs utilisation (PaLM, https://arxiv.org/abs/2204.02311,
+"""What a model computes for its tokens, and what a device could: model FLOPs utilisation (PaLM, https://arxiv.org/abs/2204.02311,
 appendix B) is their ratio."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,20 +44,24 @@ def outline(config: LinearLlama3Config) -> LinearLlama3:
         return LinearLlama3(config)
 
 
-def training_flops(model: LinearLlama3, tokens: int) -> float:
-    """What forward and backward take, a token of a sequence of so many: three times the forward.
+def training_flops(model: LinearLlama3, documents: Sequence[int]) -> float:
+    """What forward and backward of documents take: three times the forward.
 
     Products alone, as in the paper: no norms, decays, short convolutions or rotations, nothing that is computed again to save
-    memory, and of softmax attention what the mask leaves. What documents do not see of each other is counted: it is seldom
-    much, as sequences are cut to fit.
+    memory, and of softmax attention what the mask leaves.
+
+    Args:
+        model: its shapes are enough, see `outline`.
+        documents: how many tokens each has that sees no other; of sequences that are one document each, their lengths.
     """
-    return 3 * forward_flops(model, tokens)
+    return 3 * forward_flops(model, documents)
 
 
-def forward_flops(model: LinearLlama3, tokens: int) -> float:
-    """What the forward takes, a token of a sequence of so many, the head included. The embedding is a look-up: nothing."""
+def forward_flops(model: LinearLlama3, documents: Sequence[int]) -> float:
+    """What the forward of documents takes, the head included. The embedding is a look-up: nothing."""
     choices = model.config.top_k + model.config.shared_memory
-    total = 0.0
+    lengths = np.asarray(documents, dtype=np.float64)
+    total = attended = 0.0
     for module in model.modules():
         if isinstance(module, nn.Linear):
             total += 2 * module.weight.numel()
@@ -63,12 +69,12 @@ def forward_flops(model: LinearLlama3, tokens: int) -> float:
             # Each of the memories that a token chose multiplies it once, the others not at all.
             total += 2 * module.weight[0].numel() * choices
         elif isinstance(module, SoftmaxAttention):
-            total += _attention(module, tokens)
+            attended += _attention(module, lengths)
         elif isinstance(module, MixtureOfMemories):
             total += (choices - 1) * _state(module.mixer)  # the mixer's own is the first
         elif isinstance(module, LinearMixer):
             total += _state(module)
-    return total
+    return total * float(lengths.sum()) + attended
 
 
 def _state(mixer: LinearMixer) -> int:
@@ -77,8 +83,8 @@ def _state(mixer: LinearMixer) -> int:
     return 2 * products * mixer.heads * mixer.features_width * mixer.value_width
 
 
-def _attention(layer: SoftmaxAttention, tokens: int) -> float:
-    """Scores and weighted values over what a token sees, the mean over the sequence: t tokens of the t-th, or the window."""
-    window = min(tokens, layer.window or tokens)
-    seen = window - window * (window - 1) / (2 * tokens)
-    return 2 * 2 * seen * layer.o_proj.in_features
+def _attention(layer: SoftmaxAttention, lengths: np.ndarray) -> float:
+    """Scores and weighted values over what each token of a document sees: t tokens of the t-th, or the window."""
+    window = lengths if layer.window is None else np.minimum(lengths, layer.window)
+    seen = window * lengths - window * (window - 1) / 2
+    return 2 * 2 * float(seen.sum()) * layer.o_proj.in_features

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.data import Windows
 from lasp.models.flops import outline, peak_flops, training_flops
 from lasp.parallel.exposure import Meter
 from lasp.training.dashboards import TensorBoard, WeightsAndBiases
@@ -19,6 +22,7 @@ from lasp.training.metrics import History, Row, Watcher, thousands
 from lasp.training.options import Options
 from lasp.training.plot import Plot
 from lasp.training.progress import progress, say
+from lasp.training.recall import Recall
 from lasp.training.schedule import learning_rate
 from lasp.training.summary import Summary
 from lasp.training.trace import Trace
@@ -29,12 +33,14 @@ class Loop(ABC):
 
     Attributes:
         options: what to train.
+        source: what its steps read.
         done: how many steps were made.
         generates: whether ``lasp.generate`` reads the checkpoints.
         tokens_before: how many more tokens than steps of this size have: those of a run that goes on with another.
     """
 
     options: Options
+    source: Windows | Recall
     done: int
     generates = True
     tokens_before = 0
@@ -160,24 +166,40 @@ class Loop(ABC):
         """Whether what comes every so many steps, and after the last, comes now."""
         return self.done == self.options.steps or (every is not None and self.done % every == 0)
 
-    def _work(self) -> float | None:
-        """The share of what all devices could compute in a second that a token takes; None where that is not known."""
+    def _work(self) -> Callable[[range], float] | None:
+        """How many seconds some steps would take all devices at their peak; None where that is not known."""
         options = self.options
         peak = peak_flops(_device(options), options.dtype)
         if options.peak_tflops is not None:
             peak = 1e12 * options.peak_tflops
         if peak is None:
             return None
-        return training_flops(outline(options.model()), options.seq_len) / (peak * dist.get_world_size())
+        model, peaks = outline(options.model()), peak * dist.get_world_size()
+
+        def seconds(steps: range) -> float:
+            return sum(training_flops(model, self._lengths(step)) for step in steps) / peaks
+
+        return seconds
+
+    def _lengths(self, step: int) -> list[int]:
+        """Of all documents of a step, in tokens; of its sequences, where documents are not told apart."""
+        bounds = self.source.documents(step, 0, self.options.batch_size)
+        if bounds is None:
+            return [self.options.seq_len] * self.options.batch_size
+        return [end - start for start, end in pairwise(bounds)]
 
     def _rows(
-        self, unread: list[dict[str, Tensor]], began: float, work: float | None, meter: Meter | None
+        self,
+        unread: list[dict[str, Tensor]],
+        began: float,
+        work: Callable[[range], float] | None,
+        meter: Meter | None,
     ) -> list[Row]:
         """Read the steps that were not read yet from the device, all at once: the only time that the host waits for it."""
         figures = torch.stack([torch.stack(list(figures.values())) for figures in unread])
         values = figures.tolist()
         tokens = self.options.batch_size * self.options.seq_len
-        speed = len(values) * tokens / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
         waited = None
         if meter is not None:
             # Of the rank that waited longest: the others are what it waited for.
@@ -185,14 +207,15 @@ class Loop(ABC):
             dist.all_reduce(longest, op=dist.ReduceOp.MAX)
             waited = longest.item() / len(values)
         first = self.done - len(values)
+        mfu = None if work is None else work(range(first, self.done)) / seconds
         return [
             Row.of(
                 dict(zip(unread[0], each, strict=True)),
                 step=step + 1,
                 tokens=self.tokens_before + (step + 1) * tokens,
-                tokens_per_second=speed,
+                tokens_per_second=len(values) * tokens / seconds,
                 lr=learning_rate(self.options, step),
-                mfu=None if work is None else work * speed,
+                mfu=mfu,
                 exposed_exchange=waited,
             )
             for step, each in enumerate(values, first)

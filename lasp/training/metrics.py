@@ -113,12 +113,25 @@ class History(Watcher):
     @property
     def seconds(self) -> float:
         """How long the steps took that it knows of, in all, without what was between them: measurements and checkpoints."""
+        return sum(self._seconds)
+
+    @property
+    def mfu(self) -> float | None:
+        """The model FLOPs utilisation of these steps; None where the peak was not known in any."""
+        known = [
+            (row.mfu, seconds) for row, seconds in zip(self.rows, self._seconds, strict=True) if row.mfu is not None
+        ]
+        return sum(mfu * seconds for mfu, seconds in known) / sum(seconds for _, seconds in known) if known else None
+
+    @property
+    def _seconds(self) -> list[float]:
+        """How long each step took."""
         before = [0, *(row.tokens for row in self.rows)]
         # Where the first rows are missing, the first one here stands for its own step alone.
         if self.rows and self.rows[0].step > 1:
             before[0] = self.rows[0].tokens - self.rows[0].tokens // self.rows[0].step
         pairs = zip(before, self.rows, strict=False)
-        return sum((row.tokens - tokens) / row.tokens_per_second for tokens, row in pairs)
+        return [(row.tokens - tokens) / row.tokens_per_second for tokens, row in pairs]
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -73,9 +73,8 @@ def _results(history: History) -> dict[str, str]:
     results |= {"steps": f"{last.step:,}", "tokens": f"{last.tokens:,}"}
     results["time of the steps"] = tqdm.format_interval(seconds)
     results["mean speed"] = f"{thousands(trained / seconds)} tokens/s"
-    if last.mfu is not None:
-        # The speed's share of the peak is the same all along.
-        results["MFU"] = f"{last.mfu / last.tokens_per_second * trained / seconds:.1%}"
+    if (mfu := history.mfu) is not None:
+        results["MFU"] = f"{mfu:.1%}"
     if last.exposed_exchange is not None:
         results["waiting for other ranks' states"] = f"{1000 * last.exposed_exchange:.2f} ms a step, at the end"
     return results

@@ -1,4 +1,4 @@
-"""What a model computes for a token, held to torch's own count of products."""
+"""What a model computes for its tokens, held to torch's own count of products."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ aten = torch.ops.aten
 def config(**given) -> LinearLlama3Config:
     small = {"hidden": 16, "heads": 2, "intermediate": 24, "layers": 2, "pattern": "L", "vocabulary": 40}
     return LinearLlama3Config(**(small | given))
+
+
+def of_a_token(shape: LinearLlama3Config) -> float:
+    """What is claimed, of one document."""
+    return forward_flops(outline(shape), [TOKENS]) / TOKENS
 
 
 def products(shape: LinearLlama3Config, backward: bool = False) -> float:
@@ -47,14 +52,14 @@ def state_products(name: str, shape: LinearLlama3Config) -> float:
 def test_linear_layers(name: str) -> None:
     shape = config(mixer=name)
     want = products(shape) + shape.layers * state_products(name, shape)
-    assert forward_flops(outline(shape), TOKENS) == pytest.approx(want)
+    assert of_a_token(shape) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_of_a_mixture_only_the_chosen_memories_work(shared: bool) -> None:
     shape = config(mixer="mom", mom_recurrence="kda", num_memories=5, top_k=2, shared_memory=shared)
     want = products(shape) + shape.layers * (2 + shared) * state_products("kda", shape)
-    assert forward_flops(outline(shape), TOKENS) == pytest.approx(want)
+    assert of_a_token(shape) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, TOKENS, 99])
@@ -71,21 +76,29 @@ def test_softmax_layers(window: int | None) -> None:
     with FlopCounterMode(display=False) as counter:
         attention(*torch.zeros(2, shape.heads, TOKENS, width))
     want = products(shape) + shape.layers * counter.get_total_flops() / TOKENS
-    assert forward_flops(outline(shape), TOKENS) == pytest.approx(want)
+    assert of_a_token(shape) == pytest.approx(want)
 
 
 def test_training_takes_three_times_the_forward() -> None:
     shape = config(mixer="mamba2", pattern="LN")
     assert products(shape, backward=True) == pytest.approx(3 * products(shape))
     model = outline(shape)
-    assert training_flops(model, TOKENS) == 3 * forward_flops(model, TOKENS)
+    assert training_flops(model, [TOKENS]) == 3 * forward_flops(model, [TOKENS])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_documents_that_are_told_apart_cost_what_each_costs_alone(window: int | None) -> None:
+    model = outline(config(mixer="gla", pattern="LN", window=window))
+    alone = [forward_flops(model, [length]) for length in (1, 4, 19)]
+    assert forward_flops(model, [1, 4, 19]) == pytest.approx(sum(alone))
+    assert sum(alone) < forward_flops(model, [TOKENS])
 
 
 def test_of_the_paper_s_model_it_is_near_six_times_the_parameters() -> None:
     """PaLM's rule, which leaves the sequence out; tied, so that the one table counts once, as the head."""
     model = outline(PRESETS["linear-llama3-1b"])
     six = 6 * sum(p.numel() for p in model.parameters())
-    assert six < training_flops(model, 1024) < 1.05 * six
+    assert six < training_flops(model, [1024]) / 1024 < 1.05 * six
 
 
 @pytest.mark.parametrize(

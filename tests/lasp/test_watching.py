@@ -91,7 +91,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_utilisation_is_of_the_peak_that_is_given_and_else_unknown(tmp_path: Path) -> None:
     given = options(out=tmp_path / "given", peak_tflops=0.25)
     trainer(given).train()
-    work = training_flops(outline(given.model()), given.seq_len)
+    work = training_flops(outline(given.model()), [given.seq_len]) / given.seq_len
     for row in read_rows(given.out / "metrics.jsonl"):
         assert row.mfu == pytest.approx(work * row.tokens_per_second / 0.25e12)
         assert row.exposed_exchange is None
@@ -100,6 +100,32 @@ def test_utilisation_is_of_the_peak_that_is_given_and_else_unknown(tmp_path: Pat
     assert "MFU" in (tmp_path / "given/summary.md").read_text()
     assert "MFU" not in (tmp_path / "unknown/summary.md").read_text()
     assert "MFU" not in figures(ROW)
+
+
+@pytest.mark.usefixtures("alone")
+def test_utilisation_counts_what_documents_see_of_themselves_alone(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": "a" * length}) + "\n" for length in (3, 90, 1, 400, 17) * 20))
+    told = options(data=(text,), data_cache=tmp_path, layers=2, pattern="LN", peak_tflops=0.25, steps=3, log_interval=3)
+    model = outline(told.model())
+    done = {}
+    for apart in (True, False):
+        run = trainer(replace(told, out=tmp_path / str(apart), document_mask=apart))
+        run.train()
+        row = read_rows(run.options.out / "metrics.jsonl")[-1]
+        done[apart] = row.mfu / row.tokens_per_second * 3 * told.batch_size * told.seq_len * 0.25e12
+    bounds = [trainer(told).source.documents(step, 0, told.batch_size) for step in range(3)]
+    assert done[True] == pytest.approx(training_flops(model, np.concatenate([np.diff(b) for b in bounds])))
+    assert done[False] == pytest.approx(training_flops(model, [told.seq_len] * 3 * told.batch_size))
+    assert done[True] < done[False]
+
+
+def test_the_utilisation_of_a_run_is_of_its_time_and_not_of_its_steps(tmp_path: Path) -> None:
+    history = History(tmp_path, 0)
+    assert history.mfu is None
+    history.write([replace(row, mfu=mfu, tokens_per_second=speed) for row, mfu, speed in zip(
+        rows_of(3), (None, 0.5, 0.1), (1.0, 100.0, 25.0), strict=True)])  # fmt: skip
+    assert history.mfu == pytest.approx((0.5 * 1 + 0.1 * 4) / 5)
 
 
 # -- dashboards ----------------------------------------------------------------------------------------------------
