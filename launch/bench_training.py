@@ -3,7 +3,9 @@
 ``python -m lasp.launch.bench_training --result one.json`` trains a hybrid of 1.1 billion parameters on one GPU, keeping more or
 less for the backward; ``torchrun --nproc-per-node 2 -m lasp.launch.bench_training --result two.json`` shares a longer sequence,
 and then the sequences, among ranks that each hold all weights, or a part of them, and writes a checkpoint behind the last run.
-Documents are not told apart, so that a softmax layer is one kernel. Loss and gradient norm tell that the runs are the same.
+Documents are not told apart, so that a softmax layer is one kernel. Loss and gradient norm tell that the runs are the same: to
+the last digit with ``--deterministic``, without which softmax layers on one GPU add gradients up in any order, and what that
+changes grows from step to step.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class Bench:
     """What the matrix products are computed in: float32 or bfloat16."""
     device: str = "auto"
     """Where to measure: cpu (no memory is told), cuda, or auto for cuda where there is one."""
+    deterministic: bool = False
+    """Whether two runs are the same to the last bit, as pretrain.py takes it."""
     data: tuple[Path, ...] = ()
     """Text, as pretrain.py takes it. The sources of Python's standard library if not given."""
     data_cache: Path = Options.data_cache
@@ -79,7 +83,8 @@ class Bench:
         """What is trained in a case, with its checkpoints in a directory."""
         return Options(
             preset=self.preset, mixer=self.mixer, pattern=self.pattern, dtype=self.dtype, device=self.device, data=self.data,
-            data_cache=self.data_cache, document_mask=False, validation=0.0, lr=3e-4, steps=STEPS, out=out, **case.changed,
+            data_cache=self.data_cache, document_mask=False, validation=0.0, lr=3e-4, steps=STEPS, out=out,
+            deterministic=self.deterministic, **case.changed,
         )  # fmt: skip
 
 
@@ -265,7 +270,7 @@ def main() -> None:
         first = bench.run(bench.cases(ranks)[0])
         of_all = {
             "preset": bench.preset, "mixer": bench.mixer, "pattern": bench.pattern, "dtype": bench.dtype,
-            "document_mask": False, "warmup": bench.warmup, "steps": bench.steps,
+            "deterministic": bench.deterministic, "document_mask": False, "warmup": bench.warmup, "steps": bench.steps,
         }  # fmt: skip
         with processes(first.device_type()):
             for row in measure(bench, speaks):

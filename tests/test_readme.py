@@ -214,6 +214,25 @@ def test_what_is_learnt_is_recorded() -> None:
     bits = [run["unseen_bits_per_byte"] for run in gpu["runs"]]
     assert f"to {min(bits):.2f} to {max(bits):.2f}, of three seeds" in text
     assert len({run["seed"] for run in gpu["runs"]}) == 3
+    twice = [run for run in gpu["runs"] if run["seed"] == 0]
+    assert len(twice) == 2
+    assert twice[0] == twice[1]
+
+
+def test_what_memory_costs_is_recorded() -> None:
+    one, two, same = (
+        _kernels(name)["cases"] for name in ("training_memory", "training_memory_2", "training_memory_same")
+    )
+    table = README.split("| | a step | memory at most |")[1].split("\n\n")[0]
+    told = [tuple(map(float, row)) for row in re.findall(r"\| (\d+) ms \| ([\d.]+) GiB \|", table)]
+    assert told == [(round(case["step_ms"]), round(case["peak"], 1)) for case in (*one[:3], *two[:3])]
+    assert len({(case["loss"], case["grad_norm"]) for case in same[:3]}) == 1
+    assert len({(case["loss"], case["grad_norm"]) for case in two[:3]}) == 1
+    slower = [a["step_ms"] / b["step_ms"] for a, b in zip(same, one, strict=True)]
+    assert f"takes {slower[0]:.2f} times as long" in " ".join(README.split())
+    saving = two[-1]["saving"]
+    assert f"holds a run up for {saving['held']:.1f} s" in README
+    assert saving["step_ms"] < 1.01 * two[-1]["step_ms"]
 
 
 def test_links_lead_somewhere() -> None:
