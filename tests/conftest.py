@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
@@ -24,11 +25,25 @@ KEPT = pytest.StashKey[io.StringIO]()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+def one_loop() -> type[dist.ProcessGroupGloo]:
+    """Gloo's groups on one network thread a rank: one of their own wakes up 100 times a second, and tests make hundreds."""
+    device = dist.ProcessGroupGloo.create_default_device()
+
+    class OneLoop(dist.ProcessGroupGloo):
+        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
+            options = dist.ProcessGroupGloo._Options()
+            options._devices, options._threads, options._timeout = [device], 2, timeout
+            super().__init__(store, rank, size, options)
+
+    return OneLoop
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[int]:
     """The MPI ranks as a gloo process group; its size."""
     from mpi4py import MPI
 
+    dist.distributed_c10d.ProcessGroupGloo = one_loop()  # type: ignore[misc]
     comm = MPI.COMM_WORLD
     port = None
     if comm.rank == 0:
