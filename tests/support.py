@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from lasp import SequenceLayout
 from lasp.layers import MixerState
 
 TOKENS = 43
+Case = TypeVar("Case")
 #: Documents by name: one sequence, and packed ones of which one has a single token and most cross ranks.
 DOCUMENTS = {"one": None, "packed": (0, 1, 17, 24, TOKENS)}
 
@@ -66,6 +67,12 @@ def decoded(layer: Any, x: Tensor, pieces: tuple[int, ...]) -> tuple[Tensor, Mix
         assert [state.memory.shape, *(tail.shape for tail in state.tails)] == shapes
         assert all(tail.untyped_storage().nbytes() == tail.nbytes for tail in state.tails)
     return torch.cat(outputs, dim=1), state
+
+
+def dealt(cases: Iterable[Case], world: int) -> list[Case]:
+    """Those of the cases that this rank's group of `world` ranks tries: each is tried by some group, and none is idle."""
+    cases, groups, group = list(cases), dist.get_world_size() // world, dist.get_rank() // world
+    return cases[group % len(cases) :: groups]
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

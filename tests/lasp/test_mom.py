@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -98,15 +98,26 @@ def gradients(mom: nn.Module, y: Tensor, x: Tensor, dy: Tensor) -> dict[str, Ten
     }
 
 
-def check(groups: Groups, mom: MixtureOfMemories, name: str, documents: str, worlds: list[int]) -> None:
-    cu_seqlens = DOCUMENTS[documents]
+def inputs(documents: str) -> tuple[Tensor, Tensor]:
+    """The whole sequence and the cotangents of its outputs, alike on every rank."""
     random = Inputs(1, torch.float64)
-    x, dy = (random.normal(1 if cu_seqlens else 2, TOKENS, HIDDEN) for _ in range(2))
+    x, dy = (random.normal(1 if DOCUMENTS[documents] else 2, TOKENS, HIDDEN) for _ in range(2))
+    return x, dy
+
+
+@cache
+def expected(recurrence: str, documents: str, **options: object) -> dict[str, Tensor]:
+    mom, (x, dy) = layer(recurrence, **options), inputs(documents)
     x.requires_grad_()
-    want = gradients(mom, one_by_one(mom, x, cu_seqlens), x, dy)
+    return {key: g.detach() for key, g in gradients(mom, one_by_one(mom, x, DOCUMENTS[documents]), x, dy).items()}
+
+
+def check(groups: Groups, recurrence: str, name: str, documents: str, worlds: list[int], **options: object) -> None:
+    cu_seqlens, mom, (x, dy) = DOCUMENTS[documents], layer(recurrence, **options), inputs(documents)
+    want = expected(recurrence, documents, **options)  # type: ignore[arg-type]
     for world in worlds:
         sp = SequenceParallel(groups[world], LAYOUTS[name](TOKENS, world, cu_seqlens))
-        local = sp.layout.shard(x.detach(), sp.rank).requires_grad_()
+        local = sp.layout.shard(x, sp.rank).requires_grad_()
         with poisoned_memory():
             given = gradients(mom, mom(local, sp=sp), local, sp.layout.shard(dy, sp.rank))
         for key, g in given.items():
@@ -121,13 +132,13 @@ def check(groups: Groups, mom: MixtureOfMemories, name: str, documents: str, wor
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("documents", DOCUMENTS)
 def test_equals_layers_of_each_memory(groups: Groups, recurrence: str, name: str, documents: str) -> None:
-    check(groups, layer(recurrence, conv_size=4), name, documents, WORLDS)
+    check(groups, recurrence, name, documents, WORLDS, conv_size=4)
 
 
 @pytest.mark.mpi(min_size=4)
 @pytest.mark.parametrize("recurrence", [name for name in MIXERS if name not in RECURRENCES])
 def test_every_mixer_is_a_memory(groups: Groups, recurrence: str) -> None:
-    check(groups, layer(recurrence), "zigzag", "packed", [4])
+    check(groups, recurrence, "zigzag", "packed", [4])
 
 
 @pytest.mark.mpi(min_size=4)
@@ -142,7 +153,7 @@ def test_every_mixer_is_a_memory(groups: Groups, recurrence: str) -> None:
     ids=str,
 )
 def test_options(groups: Groups, options: dict[str, object]) -> None:
-    check(groups, layer("gated_delta_net", **options), "table", "packed", [1, 4])
+    check(groups, "gated_delta_net", "table", "packed", [1, 4], **options)
 
 
 @pytest.mark.mpi(min_size=4)

@@ -17,7 +17,7 @@ from lasp.parallel.attention import all_gather
 from lasp.parallel.sequence_parallel import SOFTMAX
 from tests.parallel.test_layout import tables
 from tests.references import softmax_attention
-from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, poisoned_memory, relative_error
+from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, dealt, poisoned_memory, relative_error
 
 H, KV, D = 4, 2, 6
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -81,7 +81,7 @@ def test_equals_the_definition_on_every_rank(
 ) -> None:
     for world in WORLDS:
         sp = SequenceParallel(groups[world], LAYOUTS[name](TOKENS, world, DOCUMENTS[documents]), softmax=softmax)
-        for seen in SEEN:
+        for seen in dealt(SEEN, world):
             with poisoned_memory():
                 given, wanted = run(sp, documents, dtype, seen)
             assert_close(given, wanted, TOLERANCE[dtype])
@@ -96,7 +96,7 @@ def test_a_changed_future_token_moves_nothing_earlier(groups: Groups, softmax: s
         layout, positions = sp.layout, sp.layout.positions(sp.rank)
         whole = inputs(documents, torch.float64)
         before = softmax_attn(**{name: layout.shard(x, sp.rank) for name, x in whole.items()}, sp=sp)
-        for changed in (10, 16, 30):
+        for changed in dealt((10, 16, 30), world):
             moved = {name: x.clone() for name, x in whole.items()}
             for x in moved.values():
                 x[:, changed] = x[:, changed] * 2 - 1

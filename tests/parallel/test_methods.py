@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from lasp.ops import delta_rule, gla, linear_attn, retention, simple_gla
 from lasp.parallel import quadratic
 from lasp.parallel.quadratic import running_sum
 from tests.parallel.test_linear import CORRECTED, OPS, TOLERANCE, inputs, run
-from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, poisoned_memory, relative_error
+from tests.support import DOCUMENTS, LAYOUTS, TOKENS, Inputs, assert_close, dealt, poisoned_memory, relative_error
 
 WORLDS = [1, 2, 4]
 Groups = dict[int, dist.ProcessGroup]
@@ -27,13 +29,12 @@ def test_heads_dealt_out(groups: Groups, name: str, documents: str, dtype: torch
     for world in WORLDS:
         layout = LAYOUTS[name](TOKENS, world, DOCUMENTS[documents])
         sp = SequenceParallel(groups[world], layout, method="ulysses")
-        for op in OPS:
-            for initial in (False, True):
-                # A gradient through all decays is smaller than float32's numbers, and than what corrections round to.
-                for causal in (True, False) if dtype == torch.float64 and op not in CORRECTED else (True,):
-                    with poisoned_memory():
-                        given, wanted = run(op, sp, documents, dtype, initial, causal)
-                    assert_close(given, wanted, TOLERANCE[dtype])
+        for op, initial in dealt(product(OPS, (False, True)), world):
+            # A gradient through all decays is smaller than float32's numbers, and than what corrections round to.
+            for causal in (True, False) if dtype == torch.float64 and op not in CORRECTED else (True,):
+                with poisoned_memory():
+                    given, wanted = run(op, sp, documents, dtype, initial, causal)
+                assert_close(given, wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -47,7 +48,7 @@ def test_keys_and_values_round_a_ring(
     for world in (2, 4):
         layout = LAYOUTS[name](TOKENS, world, DOCUMENTS[documents])
         by_states, by_tokens = (SequenceParallel(groups[world], layout, method=m) for m in ("lasp2", "ring"))
-        for op in ("linear_attn", "lightning_attn", "retention", "simple_gla"):
+        for op in dealt(("linear_attn", "lightning_attn", "retention", "simple_gla"), world):
             for causal in (True, False) if op == "linear_attn" else (True,):
                 given, wanted = ({}, {})
                 for sp, found in ((by_tokens, given), (by_states, wanted)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -95,6 +95,18 @@ def memories_one_by_one(tensors: dict[str, Tensor], memories: Tensor, count: int
     return torch.stack(rows)
 
 
+@cache
+def expected(op: str, documents: str, case: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The outputs, the cotangents, and with them the gradients of all inputs."""
+    cu_seqlens = DOCUMENTS[documents]
+    batch = 1 if cu_seqlens else 2
+    memories, count = chosen(case, batch)
+    leaves = {key: x.requires_grad_() for key, x in inputs(op, batch, memories.shape[-1]).items()}
+    want = memories_one_by_one(leaves, memories, count, cu_seqlens or ())
+    do = Inputs(9, torch.float64).normal(*want.shape)
+    return want.detach(), do, dict(zip(leaves, torch.autograd.grad(want, list(leaves.values()), do), strict=True))
+
+
 def routed_output(tensors: dict[str, Tensor], memories: Tensor, count: int, sp: SequenceParallel) -> Tensor:
     """The same of a rank's tokens."""
     routed = Routed.of(memories, count, sp)
@@ -172,10 +184,7 @@ def check(
     batch = 1 if cu_seqlens else 2
     memories, count = chosen(case, batch)
     whole = inputs(op, batch, memories.shape[-1])
-    leaves = {key: x.clone().requires_grad_() for key, x in whole.items()}
-    want = memories_one_by_one(leaves, memories, count, cu_seqlens or ())
-    do = Inputs(9, torch.float64).normal(*want.shape)
-    gradients = dict(zip(leaves, torch.autograd.grad(want, list(leaves.values()), do), strict=True))
+    want, do, gradients = expected(op, documents, case)
     for world in worlds:
         sp = SequenceParallel(groups[world], LAYOUTS[name](TOKENS, world, cu_seqlens), exchange="all-gather")
         local = {
@@ -214,15 +223,12 @@ def convolved_one_by_one(
     return out
 
 
-@pytest.mark.parametrize("taps", [1, 4, 19])
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("documents", DOCUMENTS)
-@pytest.mark.parametrize("case", ["two of four", "all to one"])
-def test_convolution_follows_a_memory(groups: Groups, name: str, documents: str, case: str, taps: int) -> None:
-    cu_seqlens = DOCUMENTS[documents]
+@cache
+def convolved(documents: str, case: str, taps: int) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
+    """The inputs, the outputs, the cotangents, and with them the gradients of all inputs."""
+    cu_seqlens, random, D = DOCUMENTS[documents], Inputs(3, torch.float64), 5
     batch = 1 if cu_seqlens else 2
-    memories, count = chosen(case, batch)
-    random, D = Inputs(3, torch.float64), 5
+    memories, _ = chosen(case, batch)
     whole = {
         "x": random.normal(batch, TOKENS, memories.shape[-1], D),
         "weight": random.normal(D, taps),
@@ -233,6 +239,18 @@ def test_convolution_follows_a_memory(groups: Groups, name: str, documents: str,
     want = torch.stack([parts[key] for key in sorted(parts)]).view(whole["x"].shape)
     dy = random.normal(*want.shape)
     gradients = dict(zip(leaves, torch.autograd.grad(want, list(leaves.values()), dy), strict=True))
+    return whole, want.detach(), dy, gradients
+
+
+@pytest.mark.parametrize("taps", [1, 4, 19])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("case", ["two of four", "all to one"])
+def test_convolution_follows_a_memory(groups: Groups, name: str, documents: str, case: str, taps: int) -> None:
+    cu_seqlens = DOCUMENTS[documents]
+    batch = 1 if cu_seqlens else 2
+    memories, count = chosen(case, batch)
+    whole, want, dy, gradients = convolved(documents, case, taps)
     for world in WORLDS:
         sp = SequenceParallel(groups[world], LAYOUTS[name](TOKENS, world, cu_seqlens))
         routed = Routed.of(sp.layout.shard(memories, sp.rank), count, sp)
