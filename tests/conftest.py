@@ -26,7 +26,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def one_loop() -> type[dist.ProcessGroupGloo]:
-    """Gloo's groups on one network thread a rank: one of their own wakes up 100 times a second, and tests make hundreds."""
+    """Gloo's groups on one network thread a rank: one of their own wakes up 100 times a second, and tests make over 150."""
     device = dist.ProcessGroupGloo.create_default_device()
 
     class OneLoop(dist.ProcessGroupGloo):

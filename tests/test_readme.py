@@ -194,7 +194,8 @@ def test_what_tokens_and_interruptions_cost_is_recorded() -> None:
     assert f"takes {more['bytes']:.0f} MiB of memory with bytes and {more['bpe']:.0f} MiB with" in text
     figures, same = _kernels("interrupt"), _kernels("interrupt_same")
     assert len(figures["kills"]) == len(same["kills"]) == 10
-    assert sum(kill["writing"] for kill in figures["kills"]) == 5
+    writing = sum(kill["writing"] for kill in figures["kills"])
+    assert f"{('five', 'six', 'seven')[writing - 5]} of them in the middle of a checkpoint" in text
     assert {(kill["way"]["sp_size"], kill["way"]["fsdp"]) for kill in figures["kills"]} >= {
         (1, True),
         (2, True),
