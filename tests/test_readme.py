@@ -195,7 +195,8 @@ def test_what_tokens_and_interruptions_cost_is_recorded() -> None:
     figures, same = _kernels("interrupt"), _kernels("interrupt_same")
     assert len(figures["kills"]) == len(same["kills"]) == 10
     writing = sum(kill["writing"] for kill in figures["kills"])
-    assert f"{('five', 'six', 'seven')[writing - 5]} of them in the middle of a checkpoint" in text
+    count = {5: "five", 6: "six", 7: "seven"}[writing]
+    assert f"{count} of them in the middle of a checkpoint" in text
     assert {(kill["way"]["sp_size"], kill["way"]["fsdp"]) for kill in figures["kills"]} >= {
         (1, True),
         (2, True),

@@ -177,7 +177,7 @@ class Loop(ABC):
         model, peaks = outline(options.model()), peak * dist.get_world_size()
 
         def seconds(steps: range) -> float:
-            return sum(training_flops(model, self._lengths(step)) for step in steps) / peaks
+            return training_flops(model, [length for step in steps for length in self._lengths(step)]) / peaks
 
         return seconds
 
